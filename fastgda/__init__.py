@@ -1,0 +1,1 @@
+"""The student: rankings, ranker, losses, training, metrics, index and attribution (paper, section 3.3)."""
