@@ -1,0 +1,122 @@
+"""Metrics against scikit-learn, scipy and closed forms."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import sem, spearmanr
+from sklearn.metrics import average_precision_score
+
+from fastgda.metrics import (
+    average_precision,
+    chance,
+    embedding_retrieval,
+    overlap,
+    score_retrieval,
+    spearman,
+    standard_error,
+)
+from fastgda.rankings import from_scores
+
+
+def oracle(scores, positives, levels):
+    table = np.zeros((len(scores), len(levels)))
+    for query, row in enumerate(scores):
+        for column, level in enumerate(levels):
+            truth = np.zeros(len(row))
+            truth[positives[query, :level]] = 1
+            table[query, column] = average_precision_score(truth, row)
+    return table
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("values", [2, 5, 1000])
+def test_average_precision_equals_scikit_learn(rng, values, kind):
+    for _ in range(8):
+        images = int(rng.integers(2, 60))
+        scores = rng.integers(values, size=(3, images)).astype(kind)
+        positives = np.argsort(rng.random((3, images)), axis=1)
+        levels = sorted({1, images // 2, images})
+        found = average_precision(scores, positives, levels)
+        np.testing.assert_allclose(found, oracle(scores, positives, levels), atol=1e-12)
+
+
+def test_average_precision_on_many_images_in_threads(rng):
+    scores = rng.standard_normal((4, 20_000)).astype(np.float32)
+    positives = from_scores(scores + rng.standard_normal(scores.shape), keep=700).rank
+    expected = oracle(scores, positives, (80, 170, 680))
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            found = average_precision(scores, positives, (80, 170, 680))
+            np.testing.assert_allclose(found, expected, atol=1e-12)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_perfect_and_worst_order():
+    scores = np.array([[4.0, 3.0, 2.0, 1.0]])
+    assert average_precision(scores, np.array([[0, 1]]), (2,)).item() == 1
+    assert average_precision(scores, np.array([[3, 2]]), (2,)).item() == pytest.approx((1 / 3 + 2 / 4) / 2)
+
+
+def test_chance_is_the_mean_over_random_orders(rng):
+    scores = rng.random((4000, 40))
+    positives = np.broadcast_to(np.arange(12), (4000, 12))
+    found = average_precision(scores, positives, (1, 5, 12))
+    error = standard_error(found)
+    expected = [chance(level, 40) for level in (1, 5, 12)]
+    assert (np.abs(found.mean(axis=0) - expected) < 4 * error).all()
+    assert chance(1, 2) == pytest.approx(0.75)
+    assert chance(7, 7) == pytest.approx(1)
+
+
+def test_standard_error(rng):
+    values = rng.random((9, 3))
+    np.testing.assert_allclose(standard_error(values), sem(values, axis=0))
+    assert np.isnan(standard_error(values[:1])).all()
+
+
+@pytest.mark.parametrize("ranked", [50, 20])
+def test_spearman_equals_scipy(rng, ranked):
+    truth = from_scores(rng.standard_normal((5, 50)), keep=ranked).rank
+    scores = rng.integers(12, size=(5, 50)).astype(np.float32)
+    expected = [spearmanr(row[ids], -np.arange(ranked)).statistic for row, ids in zip(scores, truth, strict=True)]
+    np.testing.assert_allclose(spearman(scores, truth), expected, atol=1e-12)
+    assert np.isnan(spearman(np.ones((1, 50)), truth[:1])).all()
+
+
+def test_overlap_against_sets(rng):
+    scores = rng.standard_normal((4, 60)).astype(np.float32)
+    truth = from_scores(scores + rng.standard_normal(scores.shape), keep=30).rank
+    for column, level in enumerate((1, 7, 30)):
+        mine = np.argsort(-scores, axis=1)[:, :level]
+        expected = [len({*a.tolist()} & {*b[:level].tolist()}) / level for a, b in zip(mine, truth, strict=True)]
+        np.testing.assert_allclose(overlap(scores, truth, (1, 7, 30))[:, column], expected)
+
+
+def test_embeddings_in_tiles_equal_scores_at_once(rng, monkeypatch):
+    queries, images = rng.standard_normal((11, 6)), rng.standard_normal((50, 6))
+    truth = from_scores(rng.standard_normal((11, 50)))
+    whole = score_retrieval((queries @ images.T).astype(np.float32), truth, (3, 9))
+    monkeypatch.setattr("fastgda.metrics.TILE", 4)
+    tiled = embedding_retrieval(torch.from_numpy(queries), torch.from_numpy(images), truth, (3, 9))
+    for name in ("precision", "overlap", "spearman"):
+        np.testing.assert_allclose(getattr(tiled, name), getattr(whole, name), atol=1e-9)
+    quick = embedding_retrieval(torch.from_numpy(queries), torch.from_numpy(images), truth, (3, 9), precision_only=True)
+    np.testing.assert_array_equal(quick.precision, tiled.precision)
+
+
+@pytest.mark.parametrize("levels", [(), (0,), (31,), (5, 31)])
+def test_levels_out_of_range(levels):
+    with pytest.raises(ValueError, match=r"every L of mAP\(L\) in 1\.\.30"):
+        average_precision(np.zeros((1, 40)), np.arange(30)[None], levels)
+
+
+def test_scores_that_are_not_finite():
+    scores = np.zeros((3, 5))
+    scores[1, 2] = np.nan
+    with pytest.raises(ValueError, match="in query 1"):
+        average_precision(scores, np.zeros((3, 1), int), (1,))

@@ -1,0 +1,185 @@
+"""train.py and eval.py in-process on the planted problem: report, files, resumption, bad input."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from planted import LEVELS, write_planted
+
+from fastgda.core import manifest_path, save_npy, write_manifest
+from fastgda.ranker import load_ranker
+
+train = importlib.import_module("train")
+evaluation = importlib.import_module("eval")
+
+QUICK = [
+    *["--hidden_sizes", "--out_feat_dim", "16", "--no-residual", "--input_norm", "none", "--dropout", "0"],
+    *["--init_scale", "-8", "--lr", "0.01", "--query_block", "30", "--image_block", "240"],
+    *["--epochs", "40", "--val_every", "20"],
+]
+LS = ["--topk_values", *map(str, LEVELS)]
+
+
+@pytest.fixture
+def world(tmp_path) -> Path:
+    """A data folder in the layout of the emoji testbed."""
+    write_planted(tmp_path / "data")
+    return tmp_path
+
+
+def train_arguments(world: Path, *more: str) -> list[str]:
+    files = ["--output", str(world / "r.pth"), "--run_dir", str(world / "run")]
+    return ["--ftype", "planted", "--data_dir", str(world / "data"), *files, *LS, *QUICK, *more]
+
+
+def eval_arguments(world: Path, *more: str) -> list[str]:
+    return ["--ftype", "planted", "--data_dir", str(world / "data"), *LS, *more]
+
+
+def test_train_then_evaluate(world, capsys):
+    write_manifest(world / "data/influence_test.npz", {}, command="test", reliability={str(LEVELS[0]): 0.9})
+    assert train.main(train_arguments(world, "--eval_after_train")) == 0
+    printed = capsys.readouterr().out
+    document = json.loads((world / "run/eval.json").read_text())
+    by_method = {row["method"]: row for row in document["rows"]}
+    assert list(by_method) == ["untuned", "tuned", "popularity", "chance", "teacher's reliability"]
+    for level in map(str, LEVELS):
+        tuned, untuned = by_method["tuned"], by_method["untuned"]
+        assert tuned["mAP"][level] > 2 * untuned["mAP"][level] > 2 * by_method["chance"]["mAP"][level]
+        assert tuned["gain"][level] == pytest.approx(tuned["mAP"][level] - untuned["mAP"][level])
+        assert tuned["gain"][level] > 5 * tuned["gain_standard_error"][level]
+        assert f"{tuned['mAP'][level]:.3f} ± {tuned['standard_error'][level]:.3f}" in printed
+    assert by_method["teacher's reliability"]["mAP"] == {str(LEVELS[0]): 0.9}
+    assert document["environment"]["packages"]["torch"]
+    with open(world / "run/eval.csv") as handle:
+        lines = list(csv.DictReader(handle))
+    assert {(line["method"], line["L"]) for line in lines} >= {("tuned", str(level)) for level in LEVELS}
+    log = json.loads((world / "run/log.json").read_text())
+    assert [entry["epoch"] for entry in log["history"] if "mAP" in entry] == [0, 20, 40]
+    assert load_ranker(world / "r.pth").info == {"ftype": "planted"}
+
+    before = (world / "r.pth").stat().st_mtime_ns
+    assert train.main(train_arguments(world)) == 0
+    assert "up to date" in capsys.readouterr().out
+    assert (world / "r.pth").stat().st_mtime_ns == before
+
+    assert evaluation.main(eval_arguments(world, "--checkpoint", str(world / "r.pth"))) == 0
+    again = capsys.readouterr().out
+    assert [line for line in printed.splitlines() if line.startswith("tuned")] == [
+        line for line in again.splitlines() if line.startswith("tuned")
+    ]
+
+
+def test_untuned_comparison_of_feature_types(world, capsys, rng):
+    features = world / "data/feats/noise"
+    for name, rows in (("data_feats", 600), ("test_query_feats", 30)):
+        save_npy(features / f"{name}.npy", rng.standard_normal((rows, 5)).astype(np.float32))
+    output = world / "report.csv"
+    arguments = eval_arguments(world, "--output", str(output))
+    assert evaluation.main(["--ftype", "planted", "noise", *arguments[2:]]) == 0
+    document = json.loads(output.with_suffix(".json").read_text())
+    assert [(row["method"], row.get("ftype")) for row in document["rows"][:2]] == [
+        ("untuned", "planted"),
+        ("untuned", "noise"),
+    ]
+    assert "teacher's reliability" not in capsys.readouterr().out
+
+
+def test_held_out_queries_and_train_size(world):
+    (world / "data/influence_val.npz").unlink()
+    options = ("--val_queries", "30", "--train_size", "40", "--epochs", "1", "--val_every", "1")
+    assert train.main(train_arguments(world, *options)) == 0
+    config = json.loads(manifest_path(world / "r.pth").read_text())["config"]
+    assert (config["train_queries"], config["val_queries"]) == (40, 30)
+
+
+def test_paper_recipe_has_the_papers_defaults(capsys):
+    args = train.parser_for("paper").parse_args([])
+    assert (args.hidden_sizes, args.out_feat_dim, args.dropout) == ((768, 768, 768), 768, 0.1)
+    assert (args.loss, args.sampling, args.outlier_prob) == ("bce", "pairs", 0.1)
+    assert (args.epochs, args.batch_size, args.lr, args.weight_decay) == (10, 4096, 1e-3, 0.01)
+    assert train.parser_for("paper").parse_args(["--input_norm", "--lr", "1"]).input_norm == "layer"
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--help"])
+    assert stopped.value.code == 0
+    assert "bce on normalised ranks (eq. 3)" in " ".join(capsys.readouterr().out.split())
+
+
+def overwrite(path: Path, change) -> None:
+    save_npy(path, change(np.load(path)))
+
+
+def with_nan(array: np.ndarray) -> np.ndarray:
+    array[7, 2] = np.nan
+    return array
+
+
+FEATURES, RANKS = "data/feats/planted", "data/influence_train.npz"
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda w: (w / FEATURES / "data_feats.npy").unlink(), "data_feats.npy: expected a file, found nothing"),
+        (lambda w: overwrite(w / FEATURES / "data_feats.npy", with_nan), "first in row 7"),
+        (lambda w: overwrite(w / FEATURES / "data_feats.npy", lambda a: a[:-5]), "training ids 0 to 594"),
+        (
+            lambda w: overwrite(w / FEATURES / "train_query_feats.npy", lambda a: a[:-5]),
+            "influence_train.npz: expected rankings of 145 queries",
+        ),
+        (lambda w: overwrite(w / FEATURES / "train_query_feats.npy", lambda a: a[:, :-1]), "expected shape [*, 24]"),
+        (lambda w: overwrite(w / FEATURES / "val_query_feats.npy", lambda a: a.astype(int)), "rows of float features"),
+        (lambda w: (w / RANKS).write_bytes((w / RANKS).read_bytes()[:900]), "influence_train.npz: expected a whole"),
+        (lambda w: (w / "data/influence_val.npz").unlink(), "influence_val.npz: expected a file, found nothing"),
+    ],
+)
+def test_training_on_damaged_input_is_one_clear_line(world, capsys, damage, expected):
+    damage(world)
+    assert train.main(train_arguments(world)) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and error[0].startswith("error: ") and expected in error[0]
+    assert not (world / "r.pth").exists() and not (world / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["--train_size", "151"], "--train_size: expected 1..150 training queries, found 151"),
+        (["--val_queries", "150"], "expected to hold out 1..149 of 150 queries"),
+        (["--epochs", "0"], "--epochs: expected a positive number"),
+        (["--topk_values", "700"], "every L of mAP(L) in 1..600"),
+        (["--sampling", "pairs"], "--loss listwise: expected --sampling blocks"),
+    ],
+)
+def test_impossible_flags(world, capsys, more, expected):
+    assert train.main(train_arguments(world, *more)) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_evaluation_refuses_what_does_not_fit(world, capsys):
+    assert train.main(train_arguments(world, "--epochs", "1")) == 0
+    other = world / "data/feats/other"
+    for name, rows, width in (("data_feats", 600, 24), ("test_query_feats", 30, 24)):
+        save_npy(other / f"{name}.npy", np.ones((rows, width), np.float32))
+    checkpoint = ["--checkpoint", str(world / "r.pth")]
+    for arguments, expected in (
+        (
+            ["--ftype", "other", *eval_arguments(world)[2:], *checkpoint],
+            "expected a ranker of other, found one of planted",
+        ),
+        (["--ftype", "planted", "other", "x", *eval_arguments(world)[2:], *checkpoint], "one for each of the 3"),
+        (eval_arguments(world, "--checkpoint", str(world / "none.pth")), "none.pth: expected a file"),
+        (eval_arguments(world, "--train_rank_file", str(world / "none.npz")), "none.npz: expected"),
+        (eval_arguments(world, "--split", "val", "--rank_file", str(world / "data/influence_test.npz")), "20 queries"),
+    ):
+        capsys.readouterr()
+        assert evaluation.main(arguments) == 2
+        assert expected in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        evaluation.main(eval_arguments(world, "--device", "nowhere"))
+    assert stopped.value.code == 2

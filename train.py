@@ -1,0 +1,130 @@
+"""Trains the ranker on the teacher's rankings.
+
+    python train.py --ftype effnet+minilm                              # emoji testbed, best recipe
+    python train.py --ftype effnet+minilm --recipe paper               # the paper's: BCE on i.i.d. pairs
+    python train.py --mode coco --ftype dino+clip_text --recipe paper  # released data under data/coco
+
+Writes the checkpoint with the best validation mAP(L) and its manifest; a killed run continues where it stopped, a
+finished one is not repeated. Curves are in <run_dir>/log.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from fastgda.core import ROOT, best_device, command_line, manifest_difference, require_file, sha256_file, write_manifest
+from fastgda.dataset import MODES, Layout, Split, default_levels, hold_out, layout, load_images, load_split
+from fastgda.evaluation import Candidate, evaluate, format_table, save_report
+from fastgda.flags import add_flags, device, from_flags
+from fastgda.ranker import save_ranker
+from fastgda.tracking import Tracker
+from fastgda.trainer import RECIPES, TrainConfig, Trainer
+
+
+def parser_for(recipe: str) -> argparse.ArgumentParser:
+    """The parser whose training defaults are those of `recipe`."""
+    parser = argparse.ArgumentParser(description="Trains the ranker on the teacher's rankings.")
+    add = parser.add_argument
+    add(
+        "--recipe",
+        choices=sorted(RECIPES),
+        default=recipe,
+        help="which defaults the training flags have (default: best)",
+    )
+    add("--mode", choices=MODES, default="emoji", help="which layout and which L (default: emoji)")
+    add("--ftype", default="effnet+minilm", help="feature type, a folder under <data_dir>/feats")
+    add("--data_dir", type=Path, help="folder of the artifacts (default: data/<mode>)")
+    add("--feature_dir", type=Path, help="folder of the features (default: <data_dir>/feats/<ftype>)")
+    add("--rank_file", type=Path, help="training rankings, .npz or .pkl (default: <data_dir>/influence_train)")
+    add("--val_rank_file", type=Path, help="validation rankings (default: <data_dir>/influence_val)")
+    add("--val_queries", type=int, default=0, help="hold out this many training queries instead of a validation split")
+    add("--train_size", type=int, help="number of training queries to use (default: all)")
+    add("--topk_values", type=int, nargs="+", help="values of L of mAP(L) (default: the mode's)")
+    add("--output", type=Path, help="checkpoint to write (default: weights/<mode>_<ftype>.pth)")
+    add("--run_dir", type=Path, help="folder for the state and log of the run (default: runs/<name of the output>)")
+    add("--device", type=device, default=best_device(), help="torch device")
+    add("--eval_after_train", action="store_true", help="evaluate on the test split afterwards")
+    add("--wandb", action="store_true", help="log to Weights & Biases")
+    add("--wandb_project", default="fastgda", help="its project")
+    add_flags(parser, TrainConfig, RECIPES[recipe])
+    return parser
+
+
+def load_data(args: argparse.Namespace, paths: Layout) -> tuple:
+    """(images [N, D], training split, validation split, hashes of the files read)."""
+    images = load_images(paths)
+    train = load_split(paths, "train", images, args.rank_file)
+    files = {
+        "images": paths.images,
+        "train_queries": paths.features("train"),
+        "train_rankings": args.rank_file or paths.ranking("train"),
+    }
+    validation: Split
+    if args.val_queries:
+        train, validation = hold_out(train, args.val_queries)
+    else:
+        validation = load_split(paths, "val", images, args.val_rank_file)
+        files["val_queries"] = paths.features("val")
+        files["val_rankings"] = args.val_rank_file or paths.ranking("val")
+    if args.train_size is not None:
+        if not 1 <= args.train_size <= train.queries:
+            raise ValueError(f"--train_size: expected 1..{train.queries} training queries, found {args.train_size}")
+        train = train.rows(slice(0, args.train_size))
+    return images, train, validation, {name: sha256_file(require_file(path)) for name, path in files.items()}
+
+
+@command_line
+def main(argv: list[str] | None = None) -> None:
+    """Command line: see the module's docstring."""
+    argv = sys.argv[1:] if argv is None else argv
+    choice = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    choice.add_argument("--recipe", choices=sorted(RECIPES), default="best")
+    args = parser_for(choice.parse_known_args(argv)[0].recipe).parse_args(argv)
+    config = from_flags(TrainConfig, args)
+    paths = layout(args.mode, args.ftype, args.data_dir, args.feature_dir)
+    name = args.ftype if args.mode == "coco" else f"{args.mode}_{args.ftype}"
+    output = args.output or ROOT / "weights" / f"{name}.pth"
+    run_dir = args.run_dir or ROOT / "runs" / output.stem
+    images, train, validation, inputs = load_data(args, paths)
+    levels = tuple(args.topk_values or default_levels(args.mode, len(images)))
+    recorded = {
+        **asdict(config),
+        "ftype": args.ftype,
+        "levels": levels,
+        "train_queries": train.queries,
+        "val_queries": validation.queries,
+    }
+    if manifest_difference(output, recorded, inputs) is None:
+        print(f"{output}: up to date")
+    else:
+        tracker = Tracker(args.wandb_project, output.stem, recorded, run_dir) if args.wandb else None
+        trainer = Trainer(
+            config,
+            images,
+            train,
+            validation,
+            levels=levels,
+            run_dir=run_dir,
+            device=args.device,
+            tracker=tracker,
+        )
+        ranker = trainer.run()
+        save_ranker(output, ranker, ftype=args.ftype)
+        command = f"python train.py {' '.join(argv)}".strip()
+        write_manifest(output, recorded, command=command, inputs=inputs, history=trainer.history)
+        trainer.checkpoint_file.unlink()
+        if tracker is not None:
+            tracker.close()
+        print(f"{output}: validation mAP(L) {trainer.best:.3f} on average over L = {', '.join(map(str, levels))}")
+    if args.eval_after_train:
+        candidate = Candidate(args.ftype, paths, (output,))
+        document = evaluate([candidate], "test", levels, train_rank_file=args.rank_file, device=args.device)
+        print(format_table(document))
+        print("wrote " + " and ".join(str(path) for path in save_report(document, run_dir / "eval.csv")))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
