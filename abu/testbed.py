@@ -1,0 +1,128 @@
+"""The testbeds: where their arrays live, the shapes of their source models and the recipes these are trained with."""
+
+from __future__ import annotations
+
+import argparse
+import io
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from abu.amortised import Examples
+from abu.models import AutoencoderConfig, DiffusionConfig, SourceModel, load_source
+from abu.training import LoopConfig
+from fastgda.core import ROOT, load_npy, require_file
+from feature_extraction.minilm import MiniLM
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Testbed:
+    """One testbed: a dataset and the source model trained on it."""
+
+    name: str
+    autoencoder: AutoencoderConfig
+    autoencoder_loop: LoopConfig
+    diffusion: DiffusionConfig
+    diffusion_loop: LoopConfig
+    root: Path = ROOT
+    """Folder that holds `data/`, `weights/` and `runs/`."""
+
+    @property
+    def data(self) -> Path:
+        """Training set, queries and rankings."""
+        return self.root / "data" / self.name
+
+    @property
+    def parquet(self) -> Path:
+        """Images and captions."""
+        return self.data / "trainset/emoji.parquet"
+
+    @property
+    def source(self) -> Path:
+        """Weights of the source model."""
+        return self.root / "weights" / f"{self.name}_ldm"
+
+    @property
+    def curvature(self) -> Path:
+        """The EK-FAC factors, beside the weights they belong to."""
+        return self.source / "ekfac.safetensors"
+
+    @property
+    def runs(self) -> Path:
+        """State of unfinished training runs."""
+        return self.root / "runs" / self.name
+
+    def load_source(self, device: torch.device) -> SourceModel:
+        """The trained source model."""
+        return load_source(self.source, device)
+
+    def load_images(self) -> Tensor:
+        """Training images [N, 3, P, P], uint8."""
+        column = pq.read_table(require_file(self.parquet, "python -m feature_extraction.emoji"), columns=["image"])
+        pictures = tqdm(column["image"].to_pylist(), desc="images", unit="image", mininterval=1.0)
+        arrays = [np.asarray(Image.open(io.BytesIO(picture)).convert("RGB")) for picture in pictures]
+        return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+
+    def load_arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """(latents [N, c, h, w], token states [N, captions, T, d]) of the training set."""
+        made_by = f"python -m abu.encode --mode {self.name}"
+        latents = load_npy(self.data / "trainset/latents.npy", (None,) * 4, finite=True, made_by=made_by)
+        text = load_npy(self.data / "trainset/text_embeddings.npy", (len(latents), None, None, None), made_by=made_by)
+        return latents, text
+
+    def training_examples(self, device: torch.device) -> Examples:
+        """All training images: latents and token states of their first captions."""
+        latents, text = self.load_arrays()
+        tensors = [torch.from_numpy(array).to(device).float() for array in (latents, text[:, 0])]
+        return Examples("train", list(range(len(latents))), *tensors)
+
+    def query_captions(self, split: str) -> list[str]:
+        """Prompts of one split's queries."""
+        path = require_file(self.data / f"query_{split}/queries.parquet", f"python -m abu.sample --mode {self.name}")
+        return [row[0] for row in pq.read_table(path, columns=["captions"])["captions"].to_pylist()]
+
+    def query_examples(self, split: str, device: torch.device) -> Examples:
+        """The generated images of one split: stored latents, token states of their prompts."""
+        folder, captions = self.data / f"query_{split}", self.query_captions(split)
+        latents = load_npy(folder / "latents.npy", (len(captions), None, None, None), finite=True)
+        text = MiniLM(device=device).token_states(captions)
+        return Examples(split, list(range(len(captions))), torch.from_numpy(latents).to(device).float(), text)
+
+
+TESTBEDS = {
+    "emoji": Testbed(
+        "emoji",
+        AutoencoderConfig(),
+        LoopConfig(steps=2600, batch_size=64, learning_rate=1.5e-3, ema=0.999, bf16=True),
+        DiffusionConfig(prediction="v_prediction"),
+        LoopConfig(steps=16_000, batch_size=64, learning_rate=1e-3, warmup=300, ema=0.9995),
+    ),
+    "emoji-mini": Testbed(
+        "emoji-mini",
+        AutoencoderConfig(latent_channels=16),
+        LoopConfig(steps=3000, batch_size=64, learning_rate=1.5e-3, ema=0.999, bf16=True),
+        DiffusionConfig(sample_size=4, latent_channels=16, channels=(64, 128), prediction="v_prediction"),
+        LoopConfig(steps=2400, batch_size=64, learning_rate=2e-3, warmup=100, ema=0.995),
+    ),
+}
+"""`emoji` for the demo and the main results, `emoji-mini` for retraining experiments."""
+
+
+def add_testbed_flags(parser: argparse.ArgumentParser) -> None:
+    """`--mode` and `--root`, which every command of the teacher takes."""
+    parser.add_argument("--mode", choices=sorted(TESTBEDS), default="emoji", help="which testbed (default: emoji)")
+    parser.add_argument("--root", type=Path, help="folder with data/, weights/ and runs/ (default: the repository)")
+
+
+def testbed_from(args: argparse.Namespace) -> Testbed:
+    """The testbed that the flags name."""
+    testbed = TESTBEDS[args.mode]
+    return testbed if args.root is None else replace(testbed, root=args.root)

@@ -1,0 +1,78 @@
+"""Draws the figures of `results/` from its JSON files.
+
+python -m benchmark.figures            # results/source_model/loss.png, results/teacher/reliability.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from abu.testbed import Testbed, add_testbed_flags, testbed_from
+from fastgda.core import atomic_path, command_line, require_file
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes a figure as PNG, atomically."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+    print(path)
+
+
+def loss_curves(testbed: Testbed) -> Figure:
+    """Training loss of autoencoder and diffusion model against the step."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3))
+    for axis, part in zip(axes, ("autoencoder", "diffusion"), strict=True):
+        curve = json.loads(require_file(testbed.source / f"{part}_loss.json").read_text())
+        steps = (np.arange(len(curve["loss"])) + 0.5) * curve["window"]
+        axis.plot(steps, curve["loss"])
+        axis.set(title=part, xlabel="step", ylabel=f"loss (mean of {curve['window']} steps)", yscale="log")
+        axis.grid(alpha=0.3)
+    return figure
+
+
+def reliability_curves(report: dict) -> Figure:
+    """mAP(L) between two independent runs of each teacher against the draws of a run."""
+    teachers = report["teachers"]
+    figure, axes = plt.subplots(1, len(teachers), figsize=(4.5 * len(teachers), 3), sharey=True)
+    for axis, (teacher, rows) in zip(axes, teachers.items(), strict=True):
+        for level, expected in report["chance"].items():
+            draws = [row["draws_per_run"] for row in rows]
+            axis.errorbar(
+                draws,
+                [row["mAP"][level] for row in rows],
+                [row["standard_error"][level] for row in rows],
+                marker="o",
+                label=f"L = {level} (chance {expected:.3f})",
+            )
+        axis.set(title=teacher, xlabel="draws per training image and run", ylabel="mAP(L) of one run for the other")
+        axis.set_ylim(0, 1)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    return figure
+
+
+@command_line
+def main(argv: list[str] | None = None) -> None:
+    """Command line: see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m benchmark.figures", description=__doc__.splitlines()[0])
+    add_testbed_flags(parser)
+    testbed = testbed_from(parser.parse_args(argv))
+    results = testbed.root / "results"
+    save_figure(loss_curves(testbed), results / "source_model/loss.png")
+    report = json.loads(require_file(results / "teacher/reliability.json", "python -m benchmark.teacher").read_text())
+    save_figure(reliability_curves(report), results / "teacher/reliability.png")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""Merges the teacher's scores into the rankings that the project ships, and measures how reliable they are.
+
+    python -m benchmark.teacher            # reads data/emoji/cache/teacher, writes data/emoji/influence_*.npz
+
+Reliability of a teacher: two runs with independent noise on both sides (training images and queries), mAP(L) of one
+against the top L of the other. It is the ceiling of every mAP(L) of a student; the rankings pool both runs, so their
+own reliability is higher than what is printed. A second figure, from pooled passes, says how it grows with the draws.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from abu.collect import CollectConfig
+from abu.testbed import Testbed, add_testbed_flags, testbed_from
+from fastgda.core import command_line, environment, load_npz, save_json, write_manifest
+from fastgda.dataset import default_levels
+from fastgda.metrics import average_precision, chance, spearman, standard_error
+from fastgda.rankings import Rankings, from_scores, save_rankings
+
+TEACHERS = {"normalised": "influence", "plain": "influence_plain"}
+TOP, OTHERS = 1024, 1024
+"""Candidates kept for a training query: the first of its ranking, and a sample of the rest."""
+
+
+def passes(folder: Path) -> list[int]:
+    """Numbers of the passes that have at least one piece."""
+    found = {int(match[1]) for path in folder.glob("pass_*.npz") if (match := re.match(r"pass_(\d+)_", path.name))}
+    if not found:
+        raise ValueError(
+            f"{folder}: expected pieces pass_*.npz, found none; make them with: python -m abu.collect training"
+        )
+    return sorted(found)
+
+
+def load_pass(folder: Path, index: int, key: str) -> np.ndarray:
+    """One array of a pass, its pieces joined along the training images (the last axis)."""
+    pieces = sorted(folder.glob(f"pass_{index}_*.npz"))
+    return np.concatenate([load_npz(piece, (key,))[key] for piece in pieces], axis=-1)
+
+
+def mean_over_passes(folder: Path, key: str, indices: list[int]) -> np.ndarray:
+    """The mean of an array over passes."""
+    total = load_pass(folder, indices[0], key).astype(np.float32)
+    for index in indices[1:]:
+        total += load_pass(folder, index, key)
+    return total / len(indices)
+
+
+def training_candidates(scores: np.ndarray, top: int, others: int, seed: int) -> Rankings:
+    """For each query the `top` highest scores and `others` drawn from the rest, in the teacher's order."""
+    random = np.random.default_rng(seed)
+    full = from_scores(scores)
+    top = min(top, scores.shape[1] // 2)
+    others = min(others, scores.shape[1] - top)
+    columns = np.concatenate(
+        [
+            np.tile(np.arange(top), (len(scores), 1)),
+            np.sort([top + random.choice(scores.shape[1] - top, others, replace=False) for _ in scores], axis=1),
+        ],
+        axis=1,
+    )
+    assert full.score is not None
+    return Rankings(np.take_along_axis(full.rank, columns, 1), np.take_along_axis(full.score, columns, 1))
+
+
+def reliability(first: np.ndarray, second: np.ndarray, levels: tuple[int, ...]) -> dict:
+    """mAP(L) of `second` [Q, N] against the top L of `first`, both ways averaged; Spearman over all images."""
+    ways = [
+        average_precision(mine, from_scores(truth, max(levels)).rank, levels)
+        for mine, truth in ((first, second), (second, first))
+    ]
+    precision = (ways[0] + ways[1]) / 2
+    order = spearman(first, from_scores(second).rank)
+    return {
+        "mAP": dict(zip(map(str, levels), precision.mean(0).round(4).tolist(), strict=True)),
+        "standard_error": dict(zip(map(str, levels), standard_error(precision).round(4).tolist(), strict=True)),
+        "spearman": round(float(order.mean()), 4),
+    }
+
+
+def measure(folder: Path, teacher: str, indices: list[int], tests: int, levels: tuple[int, ...]) -> list[dict]:
+    """Reliability on the test queries against the number of pooled passes."""
+    config, rows = CollectConfig(), []
+    for count in range(1, len(indices) + 1):
+        runs = mean_over_passes(folder, f"{teacher}_runs", indices[:count])[:, -tests:]
+        draws = config.bins * config.training_draws * count
+        rows.append({"draws_per_run": draws} | reliability(runs[0], runs[1], levels))
+        print(f"{teacher:11s} {draws:4d} draws per image and run: {rows[-1]['mAP']}, Spearman {rows[-1]['spearman']}")
+    return rows
+
+
+def merge(testbed: Testbed, folder: Path, out: Path) -> dict:
+    """Writes the rankings of every split and returns the report."""
+    indices = passes(folder)
+    counts = {split: len(testbed.query_captions(split)) for split in ("train", "val", "test")}
+    report: dict = {"queries": counts, "passes": len(indices), "teachers": {}}
+    for teacher, name in TEACHERS.items():
+        scores = mean_over_passes(folder, teacher, indices)
+        levels = default_levels("emoji", scores.shape[1])
+        rows = measure(folder, teacher, indices, counts["test"], levels)
+        report["teachers"][teacher] = rows
+        report["chance"] = {str(level): round(chance(level, scores.shape[1]), 4) for level in levels}
+        start = 0
+        for split, count in counts.items():
+            part = scores[start : start + count]
+            start += count
+            rankings = from_scores(part) if split != "train" else training_candidates(part, TOP, OTHERS, seed=0)
+            path = out / f"{name}_{split}.npz"
+            save_rankings(path, rankings)
+            config = {"teacher": teacher, "passes": len(indices)} | vars(CollectConfig())
+            extra = {"reliability": rows[-1]["mAP"], "reliability_draws": rows[-1]["draws_per_run"]}
+            write_manifest(path, config, command="python -m benchmark.teacher", **extra)
+            print(f"{path}: {rankings.queries} queries, {rankings.candidates} images each")
+    return report
+
+
+@command_line
+def main(argv: list[str] | None = None) -> None:
+    """Command line: see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m benchmark.teacher", description=__doc__.splitlines()[0])
+    add_testbed_flags(parser)
+    args = parser.parse_args(argv)
+    testbed = testbed_from(args)
+    report = merge(testbed, testbed.data / "cache/teacher", testbed.data)
+    save_json(testbed.root / "results/teacher/reliability.json", report | {"environment": environment()})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""The command that attributes one query exactly: its answer against the loss change itself, and its refusals."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from test_collect import IMAGES, run, write_testbed
+
+from abu import attribute
+from abu.curvature import EKFAC
+from abu.draws import DrawConfig
+from abu.influence import UnlearnConfig, mean_losses, query_gradient, unlearn
+from abu.testbed import TESTBEDS
+from fastgda.core import save_npz
+from feature_extraction.emoji import SCHEMA
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("attribute")
+    write_testbed(folder)
+    picture = io.BytesIO()
+    Image.new("RGB", (4, 4), "blue").save(picture, "PNG")
+    texts = {name: "" for name in ("key", "concept", "set", "creator", "licence")}
+    rows = [{"id": i, "image": picture.getvalue(), "captions": [f"image {i}"], **texts} for i in range(IMAGES)]
+    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), folder / "data/emoji/trainset/emoji.parquet")
+    rank = np.tile(np.arange(IMAGES, dtype=np.int16)[::-1], (4, 1))
+    save_npz(folder / "data/emoji/influence_test.npz", rank=rank)
+    run("curvature", folder)
+    return folder
+
+
+def attribute_query(root, *flags):
+    return attribute.main(["--root", str(root), "--output", str(root / "out"), "--query", *flags])
+
+
+def test_the_top_images_are_those_whose_loss_rises_most(root, capsys):
+    assert attribute_query(root, "2", "--top", "5") == 0
+    printed = capsys.readouterr().out
+    found = json.loads((root / "out/test_2.json").read_text())
+
+    testbed = replace(TESTBEDS["emoji"], root=root)
+    source, curvature = testbed.load_source(CPU), EKFAC.load(testbed.curvature)
+    query = testbed.query_examples("test", CPU).rows(2, 3)
+    draws = DrawConfig(draws=UnlearnConfig().draws)
+    gradient = query_gradient(source.denoiser, source.schedule, curvature, query, draws)
+    moved = unlearn(source.denoiser, curvature, gradient, UnlearnConfig().step, IMAGES)
+    training = testbed.training_examples(CPU)
+    losses = [
+        mean_losses([model], source.schedule, training, DrawConfig(draws=1))[0] for model in (source.denoiser, moved)
+    ]
+    expected = (losses[1] - losses[0]).argsort(descending=True)[:5].tolist()
+    assert [entry["id"] for entry in found["top"]] == expected
+    assert found["images"] == IMAGES
+    assert "query 2: test 2" in printed and f"image {expected[0]}" in printed
+    assert Image.open(root / "out/test_2.png").size == (11 * 68, 68)
+
+
+def test_candidates_come_from_the_stored_ranking(root):
+    assert attribute_query(root, "1", "--candidates", "10", "--top", "10") == 0
+    found = json.loads((root / "out/test_1.json").read_text())
+    assert {entry["id"] for entry in found["top"]} == set(range(IMAGES - 10, IMAGES))
+
+
+def test_a_query_out_of_range_is_refused(root, capsys):
+    assert attribute_query(root, "4") == 2
+    assert "--query: expected 0..3 in split test, found 4" in capsys.readouterr().err
