@@ -14,6 +14,7 @@ so that the reliability of the teacher is measured and not guessed.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -68,6 +69,13 @@ class Examples:
         """A slice."""
         return Examples(self.role, self.ids[start:stop], self.latents[start:stop], self.text[start:stop])
 
+    def draws(self, config: DrawConfig, run: int, bin_index: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(timesteps [B], noise [B, c, h, w]) of every draw in one bin, where and as the latents are."""
+        shape = tuple(self.latents.shape[1:])
+        for index in range(config.draws):
+            timesteps, noise = draw(config, self.role, self.ids, run, bin_index, index, shape)
+            yield timesteps.to(self.latents.device), noise.to(self.latents)
+
 
 class GradientEngine:
     """Whitened, sketched gradients of examples, one vector per timestep bin."""
@@ -83,10 +91,7 @@ class GradientEngine:
         """g [B, T, out], the mean over the draws of one bin (a does not depend on t, so the mean may be taken here)."""
         device = examples.latents.device
         total: Tensor | None = None
-        for index in range(config.draws):
-            shape = tuple(examples.latents.shape[1:])
-            timesteps, noise = draw(config, examples.role, examples.ids, run, bin_index, index, shape)
-            timesteps, noise = timesteps.to(device), noise.to(examples.latents)
+        for timesteps, noise in examples.draws(config, run, bin_index):
             noisy, target = self.schedule.noised(examples.latents, noise, timesteps)
             with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
                 gradients = self.gradients(noisy, target, timesteps, examples.text)[0]

@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.stage == "queries":
         collect_queries(engine, testbed, folder, config)
         return
-    counts = {split: len(testbed.query_examples(split, device).ids) for split in SPLITS}
+    counts = {split: len(testbed.query_captions(split)) for split in SPLITS}
     queries = {split: load_queries(folder, split, count) for split, count in counts.items()}
     examples = testbed.training_examples(device)
     for index in range(args.first_pass, args.first_pass + args.passes):

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from abu.amortised import Examples
 from abu.curvature import EKFAC
 from abu.diffusion_loss import NoiseSchedule, example_losses
-from abu.draws import DrawConfig, draw
+from abu.draws import DrawConfig
 from abu.keyvalue import OutputGradients, key_value_layers
 
 
@@ -40,19 +40,16 @@ def query_gradient(
     engine = OutputGradients(model)
     total = torch.zeros_like(curvature.eigenvalues)
     for run in range(runs):
-        for _, timesteps, noise in all_draws(draws, query, run):
+        for timesteps, noise in all_draws(draws, query, run):
             gradients = engine(*schedule.noised(query.latents, noise, timesteps), timesteps, query.text)[0]
             total += curvature.rotated_gradients(gradients, query.text)[0]
     return total / (runs * draws.bins * draws.draws)
 
 
-def all_draws(config: DrawConfig, examples: Examples, run: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(bin, timesteps [B], noise [B, c, h, w]) of every draw of one run."""
-    shape = tuple(examples.latents.shape[1:])
+def all_draws(config: DrawConfig, examples: Examples, run: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(timesteps [B], noise [B, c, h, w]) of every draw of one run."""
     for bin_index in range(config.bins):
-        for index in range(config.draws):
-            timesteps, noise = draw(config, examples.role, examples.ids, run, bin_index, index, shape)
-            yield bin_index, timesteps.to(examples.latents.device), noise.to(examples.latents)
+        yield from examples.draws(config, run, bin_index)
 
 
 def unlearn(model: nn.Module, curvature: EKFAC, gradient: Tensor, step: float, images: int) -> nn.Module:
@@ -85,7 +82,7 @@ def mean_losses(
     for start in range(0, len(examples.ids), batch_size):
         batch = examples.rows(start, start + batch_size)
         for run in runs:
-            for _, timesteps, noise in all_draws(draws, batch, run):
+            for timesteps, noise in all_draws(draws, batch, run):
                 noisy, target = schedule.noised(batch.latents, noise, timesteps)
                 for index, model in enumerate(models):
                     losses = example_losses(model, noisy, target, timesteps, batch.text)

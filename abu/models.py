@@ -24,8 +24,6 @@ from fastgda.core import atomic_path, require_file, save_json
 
 SCALED_LINEAR: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 """Stable Diffusion's noise levels."""
-TOKENS = 16
-"""Text tokens that condition the model; captions of the testbed are no longer than this."""
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def first_order(
     """⟨F⁻¹∇𝓛(ẑ), ∇𝓛(z)⟩ [Q, B] with the draws that the exact form uses; `gradients` [Q, out, in] in the eigenbasis."""
     engine, scaled = OutputGradients(model), (gradients / curvature.damped()).flatten(1)
     total = torch.zeros(len(gradients), len(examples.ids))
-    for _, timesteps, noise in all_draws(draws, examples, 0):
+    for timesteps, noise in all_draws(draws, examples, 0):
         output = engine(*schedule.noised(examples.latents, noise, timesteps), timesteps, examples.text)[0]
         total += (scaled @ curvature.rotated_gradients(output, examples.text).flatten(1).mT).float().cpu()
     return total / (draws.bins * draws.draws)

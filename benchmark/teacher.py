@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from abu.collect import CollectConfig
-from abu.testbed import Testbed, add_testbed_flags, testbed_from
+from abu.testbed import SPLITS, Testbed, add_testbed_flags, testbed_from
 from fastgda.core import command_line, environment, load_npz, save_json, write_manifest
 from fastgda.dataset import default_levels
 from fastgda.metrics import average_precision, chance, spearman, standard_error
@@ -98,7 +98,7 @@ def measure(folder: Path, teacher: str, indices: list[int], tests: int, levels: 
 def merge(testbed: Testbed, folder: Path, out: Path) -> dict:
     """Writes the rankings of every split and returns the report."""
     indices = passes(folder)
-    counts = {split: len(testbed.query_captions(split)) for split in ("train", "val", "test")}
+    counts = {split: len(testbed.query_captions(split)) for split in SPLITS}
     report: dict = {"queries": counts, "passes": len(indices), "teachers": {}}
     for teacher, name in TEACHERS.items():
         scores = mean_over_passes(folder, teacher, indices)
