@@ -28,6 +28,8 @@ from fastgda.core import keyed_generator
 
 RUNS = 2
 """Independent halves of the draws."""
+CHUNK = 8
+"""Examples whose gradients [out, in] are in memory at once."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,9 @@ class GradientEngine:
         vectors = []
         for bin_index in range(config.bins):
             gradients = self.output_gradients(examples, config, run, bin_index)
-            vectors.append(self.sketch(self.curvature.rotated_gradients(gradients, examples.text)))
+            # A few examples at a time: their weight gradients stay in the processor's cache.
+            pieces = zip(gradients.split(CHUNK), examples.text.split(CHUNK), strict=True)
+            vectors.append(torch.cat([self.sketch(self.curvature.rotated_gradients(g, a)) for g, a in pieces]))
         return torch.stack(vectors)
 
 

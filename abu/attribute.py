@@ -7,11 +7,9 @@ python -m abu.attribute --query 7 --candidates 500     # only the first 500 of t
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
@@ -21,6 +19,7 @@ from abu.draws import DrawConfig
 from abu.influence import UnlearnConfig, mean_losses, query_gradient, unlearn
 from abu.testbed import SPLITS, Testbed, add_testbed_flags, testbed_from
 from fastgda.core import ROOT, atomic_path, best_device, command_line, load_npz, save_json
+from feature_extraction.readers import read_split
 
 
 def exact_influence(
@@ -44,13 +43,13 @@ def exact_influence(
     return training.ids, after - before
 
 
-def picture(rows: list[dict], query: bytes, side: int = 64) -> Image.Image:
+def picture(images: list[Image.Image], query: Image.Image) -> Image.Image:
     """The query, then the images from the most influential on, ten to a line."""
-    sheet = Image.new("RGB", (11 * (side + 4), -(-len(rows) // 10) * (side + 4)), "white")
-    sheet.paste(Image.open(io.BytesIO(query)).convert("RGB"), (0, 0))
-    for place, row in enumerate(rows):
-        position = ((1 + place % 10) * (side + 4), place // 10 * (side + 4))
-        sheet.paste(Image.open(io.BytesIO(row["image"])).convert("RGB"), position)
+    side = query.width + 4
+    sheet = Image.new("RGB", (11 * side, -(-len(images) // 10) * side), "white")
+    sheet.paste(query, (0, 0))
+    for place, image in enumerate(images):
+        sheet.paste(image, ((1 + place % 10) * side, place // 10 * side))
     return sheet
 
 
@@ -78,19 +77,17 @@ def main(argv: list[str] | None = None) -> None:
     query = examples.rows(args.query, args.query + 1)
     ids, influence = exact_influence(testbed, query, candidates, UnlearnConfig(step=args.step), args.draws, device)
     order = influence.argsort(descending=True, stable=True)[: args.top].tolist()
-    table = pq.read_table(testbed.data / "trainset/emoji.parquet", columns=["image", "captions"])
-    rows = table.take([ids[place] for place in order]).to_pylist()
-    queries = pq.read_table(testbed.data / f"query_{args.split}/queries.parquet").to_pylist()
-    print(f"query {args.query}: {queries[args.query]['captions'][0]}")
-    for place, row in zip(order, rows, strict=True):
-        print(f"{ids[place]:6d}  {influence[place]:+.3e}  {row['captions'][0]}")
+    images, queries = read_split(testbed.data, "data"), read_split(testbed.data, f"{args.split}_query")
+    print(f"query {args.query}: {queries.caption(args.query)}")
+    for place in order:
+        print(f"{ids[place]:6d}  {influence[place]:+.3e}  {images.caption(ids[place])}")
     folder = args.output or ROOT / "results/attribute"
     with atomic_path(folder / f"{args.split}_{args.query}.png") as temporary:
-        picture(rows, queries[args.query]["image"]).save(temporary)
+        picture([images.image(ids[place]) for place in order], queries.image(args.query)).save(temporary)
     save_json(
         folder / f"{args.split}_{args.query}.json",
         {
-            "prompt": queries[args.query]["captions"][0],
+            "prompt": queries.caption(args.query),
             "step": args.step,
             "draws_per_bin": args.draws,
             "images": len(ids),

@@ -5,7 +5,8 @@
     python -m abu.collect training         # one pass over the training set; --first_pass, --passes: further ones
     python -m benchmark.teacher            # merges them into influence_{train,val,test}.npz
 
-Each piece is written atomically under data/emoji/cache/teacher; what exists is not computed again.
+Each piece is written atomically under data/emoji/cache/teacher; what exists is not computed again, and pieces of
+different settings, models or queries are never mixed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -23,7 +23,16 @@ from abu.amortised import RUNS, Examples, GradientEngine, QueryMatrix, Sketch, s
 from abu.curvature import EKFAC, CurvatureConfig, fit_curvature
 from abu.draws import DrawConfig
 from abu.testbed import SPLITS, Testbed, add_testbed_flags, testbed_from
-from fastgda.core import best_device, command_line, load_npz, save_npz, sha256_file, write_manifest
+from fastgda.core import (
+    best_device,
+    command_line,
+    load_npz,
+    manifest_difference,
+    manifest_path,
+    save_npz,
+    sha256_file,
+    write_manifest,
+)
 
 SHARD = 256
 
@@ -34,11 +43,11 @@ class CollectConfig:
 
     bins: int = 5
     """Timestep bins; the normalised teacher is a mean of cosines over them."""
-    training_draws: int = 1
-    """Draws per timestep bin, run and pass for each training image."""
-    query_draws: int = 2
+    training_draws: int = 2
+    """Draws per timestep bin, run and pass for each training image: one antithetic pair."""
+    query_draws: int = 8
     """Draws per bin and run for each training query."""
-    judged_query_draws: int = 12
+    judged_query_draws: int = 40
     """The same for validation and test queries, which judge the ranker."""
     sketch: int = 38_400
     """Numbers kept of each whitened gradient."""
@@ -54,6 +63,20 @@ def query_piece(folder: Path, split: str, start: int) -> Path:
 def training_piece(folder: Path, index: int, start: int) -> Path:
     """Scores of one shard of training images in one pass."""
     return folder / f"pass_{index}_{start:06d}.npz"
+
+
+def claim(testbed: Testbed, folder: Path, config: CollectConfig) -> None:
+    """Marks `folder` as holding pieces of these settings, model and queries; `ValueError` if it holds others."""
+    inputs = {path.stem: sha256_file(path) for path in (testbed.source / "denoiser.safetensors", testbed.curvature)}
+    inputs |= {f"query_{split}": sha256_file(testbed.data / f"query_{split}/latents.npy") for split in SPLITS}
+    if not manifest_path(folder).is_file():
+        if any(folder.glob("*.npz")):
+            raise ValueError(f"{folder}: expected a manifest beside the pieces, found none; delete the folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_manifest(folder, config, command="python -m abu.collect", inputs=inputs)
+    difference = manifest_difference(folder, config, inputs)
+    if difference is not None:
+        raise ValueError(f"{folder}: expected pieces of the same settings ({difference}); delete the folder")
 
 
 def collect_queries(engine: GradientEngine, testbed: Testbed, folder: Path, config: CollectConfig) -> None:
@@ -92,8 +115,9 @@ def collect_training(
 ) -> None:
     """Pass `index` over the training set: writes the scores of every shard, see `training_piece`.
 
-    Arrays: plain, normalised [Q, B] for all queries with both runs pooled; plain_runs, normalised_runs [runs, Q', B]
-    for validation and test queries with independent draws on both sides; terms [bins, Q', B] of the pooled score.
+    Arrays: plain, normalised [Q, B] for all queries with both runs pooled; for validation and test queries, with
+    independent draws on both sides, plain_runs [runs, Q', B] and normalised_terms [runs, bins, Q', B] (float16), whose
+    mean over bins is the normalised score.
     """
     dtype = torch.bfloat16 if config.bf16 else None
     pooled = QueryMatrix.of(torch.cat([vectors.mean(0) for vectors in queries.values()], dim=1), dtype)
@@ -109,16 +133,12 @@ def collect_training(
             plain, terms = score_block(pooled, (vectors[0] + vectors[1]) / 2)
             columns.setdefault("plain", []).append(plain)
             columns.setdefault("normalised", []).append(terms.mean(0))
-            columns.setdefault("terms", []).append(terms[:, -judged.shape[2] :])
             runs = [score_block(half, vector) for half, vector in zip(halves, vectors, strict=True)]
             columns.setdefault("plain_runs", []).append(torch.stack([plain for plain, _ in runs]))
-            columns.setdefault("normalised_runs", []).append(torch.stack([terms.mean(0) for _, terms in runs]))
+            columns.setdefault("normalised_terms", []).append(torch.stack([terms for _, terms in runs]).half())
         save_npz(
             training_piece(folder, index, start),
-            **{
-                name: torch.cat(parts, dim=-1).cpu().numpy().astype(np.float16 if name == "terms" else np.float32)
-                for name, parts in columns.items()
-            },
+            **{name: torch.cat(parts, dim=-1).cpu().numpy() for name, parts in columns.items()},
         )
 
 
@@ -143,6 +163,7 @@ def main(argv: list[str] | None = None) -> None:
         inputs = {"denoiser": sha256_file(testbed.source / "denoiser.safetensors")}
         write_manifest(testbed.curvature, settings, command="python -m abu.collect curvature", inputs=inputs)
         return
+    claim(testbed, folder, config)
     factors = EKFAC.load(testbed.curvature).to(device)
     engine = GradientEngine(source.denoiser, source.schedule, factors, Sketch.of(factors, config.sketch, config.seed))
     if args.stage == "queries":

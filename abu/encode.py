@@ -12,7 +12,6 @@ import sys
 from dataclasses import asdict
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 
@@ -28,6 +27,7 @@ from fastgda.core import (
     write_manifest,
 )
 from feature_extraction.minilm import MiniLM
+from feature_extraction.readers import read_split
 
 
 @torch.inference_mode()
@@ -44,7 +44,8 @@ def encode_images(testbed: Testbed, device: torch.device, batch_size: int = 256)
 
 def encode_captions(testbed: Testbed, device: torch.device, batch_size: int = 256) -> np.ndarray:
     """Token states [N, 1, T, d], float16, of each image's first caption."""
-    captions = [row[0] for row in pq.read_table(testbed.parquet, columns=["captions"])["captions"].to_pylist()]
+    table = read_split(testbed.data, "data")
+    captions = [table.caption(row) for row in range(len(table))]
     encoder = MiniLM(device=device)
     starts = tqdm(range(0, len(captions), batch_size), desc="captions", unit="batch")
     parts = [encoder.token_states(captions[s : s + batch_size]).half().cpu().numpy() for s in starts]

@@ -3,7 +3,8 @@
     θ_{−ẑ} = θ0 + (α/N) F⁻¹ ∇𝓛(ẑ, θ0)        τ(ẑ, z) = 𝓛(z, θ_{−ẑ}) − 𝓛(z, θ0), the same (t, ε) in both terms
 
 Noise is keyed by the training image, so the baseline losses are computed once for all queries, and a subset of the
-images gets bit for bit the losses that the full set gets. Only sums over timesteps of float32 losses are subtracted.
+images gets the losses that the full set gets, up to the rounding of differently shaped matrix products. Only sums over
+timesteps of float32 losses are subtracted.
 """
 
 from __future__ import annotations

@@ -31,13 +31,13 @@ from fastgda.core import (
     command_line,
     keyed_generator,
     manifest_difference,
-    require_file,
     save_npy,
     sha256_file,
     write_manifest,
 )
 from feature_extraction.emoji import read_lock
 from feature_extraction.minilm import MiniLM
+from feature_extraction.readers import read_split
 
 SPLIT_SIZES = {"test": 110, "val": 60, "train": 1200}
 SMALL_WORDS = frozenset(["a", "and", "at", "by", "for", "in", "of", "on", "the", "to", "with"])
@@ -212,9 +212,8 @@ def main(argv: list[str] | None = None) -> None:
         with atomic_path(args.grid) as temporary:
             sample_grid(model, encoder, config, GRID_CONCEPTS).save(temporary)
         return
-    trainset = require_file(testbed.parquet, f"python -m feature_extraction.emoji --mode {args.mode}")
-    table = pq.read_table(trainset, columns=["concept", "set"])
-    queries = choose_queries(table["concept"].to_pylist(), table["set"].to_pylist(), config)
+    table = read_split(testbed.data, "data")
+    queries = choose_queries(table.concepts, table.sets, config)
     weights = [testbed.source / f"{part}.safetensors" for part in ("denoiser", "autoencoder")]
     inputs = {path.stem: sha256_file(path) for path in weights}
     for split in args.splits:

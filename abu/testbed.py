@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import io
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from abu.amortised import Examples
 from abu.models import AutoencoderConfig, DiffusionConfig, SourceModel, load_source
 from abu.training import LoopConfig
-from fastgda.core import ROOT, load_npy, require_file
+from fastgda.core import ROOT, load_npy
 from feature_extraction.minilm import MiniLM
+from feature_extraction.readers import read_split
 
 SPLITS = ("train", "val", "test")
 
@@ -66,9 +64,9 @@ class Testbed:
 
     def load_images(self) -> Tensor:
         """Training images [N, 3, P, P], uint8."""
-        column = pq.read_table(require_file(self.parquet, "python -m feature_extraction.emoji"), columns=["image"])
-        pictures = tqdm(column["image"].to_pylist(), desc="images", unit="image", mininterval=1.0)
-        arrays = [np.asarray(Image.open(io.BytesIO(picture)).convert("RGB")) for picture in pictures]
+        table = read_split(self.data, "data")
+        rows = tqdm(range(len(table)), desc="images", unit="image", mininterval=1.0)
+        arrays = [np.asarray(table.image(row)) for row in rows]
         return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
     def load_arrays(self) -> tuple[np.ndarray, np.ndarray]:
@@ -86,8 +84,8 @@ class Testbed:
 
     def query_captions(self, split: str) -> list[str]:
         """Prompts of one split's queries."""
-        path = require_file(self.data / f"query_{split}/queries.parquet", f"python -m abu.sample --mode {self.name}")
-        return [row[0] for row in pq.read_table(path, columns=["captions"])["captions"].to_pylist()]
+        table = read_split(self.data, f"{split}_query")
+        return [table.caption(row) for row in range(len(table))]
 
     def query_examples(self, split: str, device: torch.device) -> Examples:
         """The generated images of one split: stored latents, token states of their prompts."""
@@ -103,7 +101,7 @@ TESTBEDS = {
         AutoencoderConfig(),
         LoopConfig(steps=2600, batch_size=64, learning_rate=1.5e-3, ema=0.999, bf16=True),
         DiffusionConfig(prediction="v_prediction"),
-        LoopConfig(steps=16_000, batch_size=64, learning_rate=1e-3, warmup=300, ema=0.9995),
+        LoopConfig(steps=12_000, batch_size=64, learning_rate=1e-3, warmup=300, ema=0.9995),
     ),
     "emoji-mini": Testbed(
         "emoji-mini",

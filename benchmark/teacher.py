@@ -1,10 +1,12 @@
 """Merges the teacher's scores into the rankings that the project ships, and measures how reliable they are.
 
+    python -m feature_extraction.extract --ftype effnet     # features that the paper's candidates are taken from
     python -m benchmark.teacher            # reads data/emoji/cache/teacher, writes data/emoji/influence_*.npz
 
 Reliability of a teacher: two runs with independent noise on both sides (training images and queries), mAP(L) of one
 against the top L of the other. It is the ceiling of every mAP(L) of a student; the rankings pool both runs, so their
-own reliability is higher than what is printed. A second figure, from pooled passes, says how it grows with the draws.
+own reliability is higher than what is printed. It is printed for growing numbers of passes, and bin by bin: the mean
+over queries of the correlation between the runs within each timestep bin, which says which timesteps deserve draws.
 """
 
 from __future__ import annotations
@@ -16,16 +18,18 @@ from pathlib import Path
 
 import numpy as np
 
-from abu.collect import CollectConfig
 from abu.testbed import SPLITS, Testbed, add_testbed_flags, testbed_from
-from fastgda.core import command_line, environment, load_npz, save_json, write_manifest
-from fastgda.dataset import default_levels
+from fastgda.core import command_line, environment, load_npy, load_npz, read_manifest, save_json, write_manifest
+from fastgda.dataset import default_levels, layout, load_images, normalise
 from fastgda.metrics import average_precision, chance, spearman, standard_error
-from fastgda.rankings import Rankings, from_scores, save_rankings
+from fastgda.rankings import Rankings, from_scores, save_rankings, top
 
 TEACHERS = {"normalised": "influence", "plain": "influence_plain"}
 TOP, OTHERS = 1024, 1024
-"""Candidates kept for a training query: the first of its ranking, and a sample of the rest."""
+"""What the normalised teacher keeps for a training query: the first of its ranking, and a sample of the rest."""
+NEIGHBOURS, NEIGHBOUR_FTYPE = 10_000 / 118_287, "effnet"
+"""The paper's candidates, which the plain teacher keeps: this share of the training set, nearest to the query in an
+image feature (the paper takes DINO)."""
 
 
 def passes(folder: Path) -> list[int]:
@@ -52,21 +56,28 @@ def mean_over_passes(folder: Path, key: str, indices: list[int]) -> np.ndarray:
     return total / len(indices)
 
 
-def training_candidates(scores: np.ndarray, top: int, others: int, seed: int) -> Rankings:
-    """For each query the `top` highest scores and `others` drawn from the rest, in the teacher's order."""
+def training_candidates(scores: np.ndarray, first: int, others: int, seed: int) -> Rankings:
+    """For each query the `first` highest scores and `others` drawn from the rest, in the teacher's order."""
     random = np.random.default_rng(seed)
     full = from_scores(scores)
-    top = min(top, scores.shape[1] // 2)
-    others = min(others, scores.shape[1] - top)
+    first = min(first, scores.shape[1] // 2)
+    others = min(others, scores.shape[1] - first)
     columns = np.concatenate(
         [
-            np.tile(np.arange(top), (len(scores), 1)),
-            np.sort([top + random.choice(scores.shape[1] - top, others, replace=False) for _ in scores], axis=1),
+            np.tile(np.arange(first), (len(scores), 1)),
+            np.sort([first + random.choice(scores.shape[1] - first, others, replace=False) for _ in scores], axis=1),
         ],
         axis=1,
     )
     assert full.score is not None
     return Rankings(np.take_along_axis(full.rank, columns, 1), np.take_along_axis(full.score, columns, 1))
+
+
+def neighbour_candidates(scores: np.ndarray, queries: np.ndarray, images: np.ndarray, count: int) -> Rankings:
+    """For each query the `count` images nearest to it (cosine; features [Q, D] and [N, D]), in the teacher's order."""
+    nearest = top(normalise(queries) @ normalise(images).T, count)
+    order = top(np.take_along_axis(scores, nearest, 1))
+    return Rankings(np.take_along_axis(nearest, order, 1))
 
 
 def reliability(first: np.ndarray, second: np.ndarray, levels: tuple[int, ...]) -> dict:
@@ -84,39 +95,68 @@ def reliability(first: np.ndarray, second: np.ndarray, levels: tuple[int, ...]) 
     }
 
 
-def measure(folder: Path, teacher: str, indices: list[int], tests: int, levels: tuple[int, ...]) -> list[dict]:
-    """Reliability on the test queries against the number of pooled passes."""
-    config, rows = CollectConfig(), []
-    for count in range(1, len(indices) + 1):
-        runs = mean_over_passes(folder, f"{teacher}_runs", indices[:count])[:, -tests:]
-        draws = config.bins * config.training_draws * count
+def run_scores(folder: Path, teacher: str, indices: list[int], tests: int) -> np.ndarray:
+    """Scores [runs, tests, N] of the test queries, each run from its own draws."""
+    if teacher == "plain":
+        return mean_over_passes(folder, "plain_runs", indices)[:, -tests:]
+    return mean_over_passes(folder, "normalised_terms", indices)[:, :, -tests:].mean(1)
+
+
+def measure(
+    folder: Path, teacher: str, indices: list[int], tests: int, levels: tuple[int, ...], config: dict
+) -> list[dict]:
+    """Reliability on the test queries against the number of pooled passes: 1, 2, 4, … and all."""
+    rows = []
+    for count in sorted({2**k for k in range(len(indices).bit_length())} | {len(indices)}):
+        runs = run_scores(folder, teacher, indices[:count], tests)
+        draws = config["bins"] * config["training_draws"] * count
         rows.append({"draws_per_run": draws} | reliability(runs[0], runs[1], levels))
         print(f"{teacher:11s} {draws:4d} draws per image and run: {rows[-1]['mAP']}, Spearman {rows[-1]['spearman']}")
     return rows
 
 
+def bin_correlations(folder: Path, indices: list[int], tests: int) -> list[float]:
+    """Mean over test queries of the correlation between the two runs, for each timestep bin, all passes pooled."""
+    terms = mean_over_passes(folder, "normalised_terms", indices)[:, :, -tests:]
+    terms -= terms.mean(-1, keepdims=True)
+    terms /= np.linalg.norm(terms, axis=-1, keepdims=True)
+    return (terms[0] * terms[1]).sum(-1).mean(-1).round(4).tolist()
+
+
 def merge(testbed: Testbed, folder: Path, out: Path) -> dict:
     """Writes the rankings of every split and returns the report."""
     indices = passes(folder)
+    config = read_manifest(folder)["config"]
     counts = {split: len(testbed.query_captions(split)) for split in SPLITS}
     report: dict = {"queries": counts, "passes": len(indices), "teachers": {}}
     for teacher, name in TEACHERS.items():
         scores = mean_over_passes(folder, teacher, indices)
         levels = default_levels("emoji", scores.shape[1])
-        rows = measure(folder, teacher, indices, counts["test"], levels)
+        rows = measure(folder, teacher, indices, counts["test"], levels, config)
         report["teachers"][teacher] = rows
         report["chance"] = {str(level): round(chance(level, scores.shape[1]), 4) for level in levels}
         start = 0
         for split, count in counts.items():
             part = scores[start : start + count]
             start += count
-            rankings = from_scores(part) if split != "train" else training_candidates(part, TOP, OTHERS, seed=0)
+            if split != "train":
+                rankings = from_scores(part)
+            elif teacher == "plain":
+                paths = layout("emoji", NEIGHBOUR_FTYPE, testbed.data)
+                queries, images = load_npy(paths.features(split), (count, None)), load_images(paths)
+                rankings = neighbour_candidates(part, queries, images, round(NEIGHBOURS * len(images)))
+            else:
+                rankings = training_candidates(part, TOP, OTHERS, seed=0)
+            if teacher == "plain":
+                rankings = Rankings(rankings.rank)
             path = out / f"{name}_{split}.npz"
             save_rankings(path, rankings)
-            config = {"teacher": teacher, "passes": len(indices)} | vars(CollectConfig())
+            settings = {"teacher": teacher, "passes": len(indices)} | config
             extra = {"reliability": rows[-1]["mAP"], "reliability_draws": rows[-1]["draws_per_run"]}
-            write_manifest(path, config, command="python -m benchmark.teacher", **extra)
+            write_manifest(path, settings, command="python -m benchmark.teacher", **extra)
             print(f"{path}: {rankings.queries} queries, {rankings.candidates} images each")
+    report["bin_correlations"] = bin_correlations(folder, indices, counts["test"])
+    print("correlation of the runs by timestep bin:", report["bin_correlations"])
     return report
 
 

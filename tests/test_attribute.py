@@ -63,7 +63,7 @@ def test_the_top_images_are_those_whose_loss_rises_most(root, capsys):
     assert [entry["id"] for entry in found["top"]] == expected
     assert found["images"] == IMAGES
     assert "query 2: test 2" in printed and f"image {expected[0]}" in printed
-    assert Image.open(root / "out/test_2.png").size == (11 * 68, 68)
+    assert Image.open(root / "out/test_2.png").size == (11 * 8, 8)
 
 
 def test_candidates_come_from_the_stored_ranking(root):

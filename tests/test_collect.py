@@ -55,6 +55,10 @@ def collected(tmp_path_factory):
     write_testbed(root)
     for stage in ("curvature", "queries", "training"):
         run(stage, root)
+    random = np.random.default_rng(1)
+    features = root / "data/emoji/feats/effnet"
+    save_npy(features / "data_feats.npy", random.normal(size=(IMAGES, 5)).astype(np.float32))
+    save_npy(features / "train_query_feats.npy", random.normal(size=(QUERIES["train"], 5)).astype(np.float32))
     assert teacher.main(["--root", str(root)]) == 0
     return root
 
@@ -63,7 +67,7 @@ def test_every_image_is_scored_for_every_query(collected):
     folder = collected / "data/emoji/cache/teacher"
     assert teacher.load_pass(folder, 0, "normalised").shape == (77, IMAGES)
     assert teacher.load_pass(folder, 0, "plain_runs").shape == (2, 7, IMAGES)
-    assert teacher.load_pass(folder, 0, "terms").shape[1:] == (7, IMAGES)
+    assert teacher.load_pass(folder, 0, "normalised_terms").shape == (2, 5, 7, IMAGES)
 
 
 def test_a_lost_piece_is_computed_again_to_the_same_numbers(collected):
@@ -78,6 +82,14 @@ def test_a_lost_piece_is_computed_again_to_the_same_numbers(collected):
     assert kept.stat().st_mtime_ns == stamp
 
 
+def test_pieces_of_other_settings_are_refused(collected, capsys):
+    folder = collected / "data/emoji/cache/teacher"
+    before = sorted(folder.iterdir())
+    assert collect.main(["training", "--root", str(collected), "--sketch", "192"]) == 2
+    assert "config.sketch is 384, wanted 192" in capsys.readouterr().err
+    assert sorted(folder.iterdir()) == before
+
+
 @pytest.mark.parametrize("name", ["influence", "influence_plain"])
 def test_rankings_follow_the_scores(collected, name):
     key = "normalised" if name == "influence" else "plain"
@@ -86,8 +98,16 @@ def test_rankings_follow_the_scores(collected, name):
     assert test.rank.shape == (4, IMAGES)
     assert np.array_equal(test.rank[:, 0], scores[-4:].argmax(1))
     train = load_rankings(collected / f"data/emoji/{name}_train.npz", IMAGES)
-    assert train.rank.shape == (70, IMAGES)
-    assert np.array_equal(train.rank[:, 0], scores[:70].argmax(1))
+    ordered = np.take_along_axis(scores[:70], train.rank.astype(int), 1)
+    assert (np.diff(ordered, axis=1) <= 0).all()
+    assert train.rank.shape == (70, IMAGES if name == "influence" else 25)
+
+
+def test_the_papers_candidates_are_the_nearest_images():
+    scores = np.array([[0.1, 0.9, 0.5, 0.7]], np.float32)
+    images = np.array([[1, 0], [0, 1], [2, 0.1], [1, 1]], np.float32)
+    found = teacher.neighbour_candidates(scores, np.array([[3, 0]], np.float32), images, 3)
+    assert found.rank.tolist() == [[3, 2, 0]]
 
 
 def test_two_runs_of_a_model_of_noise_are_barely_reliable(collected):
