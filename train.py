@@ -15,6 +15,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 from fastgda.core import ROOT, best_device, command_line, manifest_difference, require_file, sha256_file, write_manifest
 from fastgda.dataset import MODES, Layout, Split, default_levels, hold_out, layout, load_images, load_split
 from fastgda.evaluation import Candidate, evaluate, format_table, save_report
@@ -46,6 +48,7 @@ def parser_for(recipe: str) -> argparse.ArgumentParser:
     add("--output", type=Path, help="checkpoint to write (default: weights/<mode>_<ftype>.pth)")
     add("--run_dir", type=Path, help="folder for the state and log of the run (default: runs/<name of the output>)")
     add("--device", type=device, default=best_device(), help="torch device")
+    add("--half", action="store_true", help="store the checkpoint in float16, at half the size")
     add("--eval_after_train", action="store_true", help="evaluate on the test split afterwards")
     add("--wandb", action="store_true", help="log to Weights & Biases")
     add("--wandb_project", default="fastgda", help="its project")
@@ -93,6 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     recorded = {
         **asdict(config),
         "ftype": args.ftype,
+        "half": args.half,
         "levels": levels,
         "train_queries": train.queries,
         "val_queries": validation.queries,
@@ -112,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
             tracker=tracker,
         )
         ranker = trainer.run()
-        save_ranker(output, ranker, ftype=args.ftype)
+        save_ranker(output, ranker, torch.float16 if args.half else torch.float32, ftype=args.ftype)
         command = f"python train.py {' '.join(argv)}".strip()
         write_manifest(output, recorded, command=command, inputs=inputs, history=trainer.history)
         trainer.checkpoint_file.unlink()

@@ -101,7 +101,7 @@ TESTBEDS = {
         AutoencoderConfig(),
         LoopConfig(steps=2600, batch_size=64, learning_rate=1.5e-3, ema=0.999, bf16=True),
         DiffusionConfig(prediction="v_prediction"),
-        LoopConfig(steps=12_000, batch_size=64, learning_rate=1e-3, warmup=300, ema=0.9995),
+        LoopConfig(steps=20_000, batch_size=64, learning_rate=1e-3, warmup=300, ema=0.9995),
     ),
     "emoji-mini": Testbed(
         "emoji-mini",

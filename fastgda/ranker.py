@@ -129,9 +129,15 @@ class Ranker(nn.Module):
         return self.sign * self.embed(features)
 
 
-def save_ranker(path: str | Path, ranker: Ranker, **info: Any) -> None:
-    """Writes the released state dict atomically; `info` (strings and numbers) rides along as metadata."""
-    state = OrderedDict((name, value.detach().cpu()) for name, value in ranker.state_dict().items())
+def save_ranker(path: str | Path, ranker: Ranker, dtype: torch.dtype = torch.float32, **info: Any) -> None:
+    """Writes the released state dict atomically; `info` (strings and numbers) rides along as metadata.
+
+    `dtype`: of the stored weights; they are read as float32 again.
+    """
+    state = OrderedDict(
+        (name, value.detach().cpu().to(dtype if value.is_floating_point() else value.dtype))
+        for name, value in ranker.state_dict().items()
+    )
     state._metadata = {  # type: ignore[attr-defined]
         METADATA_KEY: {**asdict(ranker.config), **ranker.info, **info}
     }

@@ -64,6 +64,17 @@ def test_architecture_travels_with_the_checkpoint(tmp_path, rng, config):
     assert torch.equal(read.embed(features), ranker.embed(features))
 
 
+def test_half_precision_keeps_the_embedding(tmp_path, rng):
+    ranker = Ranker(RankerConfig(12, (16,), 8)).eval()
+    save_ranker(tmp_path / "half.pth", ranker, torch.float16)
+    stored = torch.load(tmp_path / "half.pth", weights_only=True)
+    assert {value.dtype for value in stored.values()} == {torch.float16}
+    features = rng.normal(size=(5, 12)).astype(np.float32)
+    loaded = load_ranker(tmp_path / "half.pth")
+    assert loaded.scale.dtype == torch.float32
+    np.testing.assert_allclose(loaded.embed(features), ranker.embed(features), atol=2e-3)
+
+
 @pytest.mark.parametrize("scale", [-7.0, 7.0])
 def test_higher_dot_product_is_more_influential_for_either_sign(rng, scale):
     ranker = Ranker(CONFIG, init_scale=scale)

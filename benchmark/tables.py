@@ -1,0 +1,130 @@
+"""Writes the tables of README.md from the JSON files in results/, so that every number there was printed by a command.
+
+python -m benchmark.tables            # rewrites what stands between <!-- results --> and <!-- /results -->
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fastgda.core import ROOT, atomic_path, command_line, require_file
+
+BLOCK = re.compile(r"(<!-- results -->\n).*?(<!-- /results -->)", re.DOTALL)
+Report = dict[str, Any]
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; the first column is text, the others numbers."""
+    lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def number(value: float, error: float | None = None) -> str:
+    """Three digits, with the standard error where there is one."""
+    return f"{value:.3f}" + ("" if error is None else f" ± {error:.3f}")
+
+
+def evaluation_rows(report: Report, name: Callable[[Report], str]) -> list[list[str]]:
+    """One line for each method of a report of `eval.py`, and the paired gain below each tuned ranker."""
+    levels, rows = [str(level) for level in report["levels"]], []
+    for row in report["rows"]:
+        errors = row.get("standard_error", {})
+        rows.append([name(row), *(number(row["mAP"][level], errors.get(level)) for level in levels)])
+        if "gain" in row:
+            gain = [number(row["gain"][level], row["gain_standard_error"][level]) for level in levels]
+            rows.append(["gain, query by query", *gain])
+    return rows
+
+
+def feature_name(row: Report) -> str:
+    """What a line of the table of features is called."""
+    names = {
+        "popularity": "popularity (ignores the query)",
+        "teacher's reliability": "teacher: one half of its draws against the other",
+    }
+    bold = "**" if row["method"] == "tuned" else ""
+    return f"{bold}{names.get(row['method'], row['method'])} {row.get('ftype') or ''}".strip() + bold
+
+
+def recipe_name(row: Report) -> str:
+    """What a line of the table of recipes is called."""
+    if row["method"] != "tuned":
+        return feature_name(row)
+    return "paper's recipe" if Path(row["checkpoint"]).stem == "paper" else "best recipe"
+
+
+def evaluation_table(report: Report, name: Callable[[Report], str]) -> str:
+    """mAP(L) of all methods of a report."""
+    return markdown(["", *(f"L = {level}" for level in report["levels"])], evaluation_rows(report, name))
+
+
+def exact_table(report: Report) -> str:
+    """Agreement of the amortised with the exact teacher, for each step size."""
+    levels = list(report["rows"][0]["overlap"])
+    header = ["step α", "Spearman", "lowest", *(f"overlap at {level}" for level in levels)]
+    rows = [
+        [
+            f"{row['step']:g}",
+            f"{row['spearman']:.4f}",
+            f"{row['spearman_min']:.4f}",
+            *(f"{row['overlap'][level]:.3f}" for level in levels),
+            f"{row['relative_change']:.1e}",
+            f"{row['float32_noise']:.1e}",
+        ]
+        for row in report["rows"]
+    ]
+    return markdown([*header, "relative change of the loss", "float32 noise"], rows)
+
+
+def results_block(results: Path) -> str:
+    """Everything between the markers of README.md."""
+
+    def read(name: str) -> Report:
+        return json.loads(require_file(results / name).read_text())
+
+    features, exact = read("ranker/features.json"), read("teacher/exact.json")
+    return "\n\n".join(
+        [
+            f"mAP(L) on {features['queries']} held-out test queries, whose concepts no training query shares; "
+            f"{features['images']:,} training images, mean ± standard error over queries "
+            "(`bash scripts/train_rankers.sh`):",
+            evaluation_table(features, feature_name),
+            "The best recipe (normalised teacher, listwise loss) beside the paper's (plain AbU+, K-NN candidates, "
+            "binary cross-entropy), judged by the normalised teacher and then by the plain one:",
+            evaluation_table(read("ranker/recipes.json"), recipe_name),
+            evaluation_table(read("ranker/recipes_plain.json"), recipe_name),
+            f"Amortised AbU+ (all queries in one pass) against the exact loss change after unlearning, on "
+            f"{exact['config']['queries']} test queries and the whole training set, the same draws on both sides "
+            "(`python -m benchmark.exact`):",
+            exact_table(exact),
+        ]
+    )
+
+
+def with_results(readme: str, block: str) -> str:
+    """The text of README.md with `block` between the markers; `ValueError` if they are missing."""
+    if not BLOCK.search(readme):
+        raise ValueError("README.md: expected the markers <!-- results --> and <!-- /results -->, found none")
+    return BLOCK.sub(lambda match: f"{match[1]}{block}\n{match[2]}", readme)
+
+
+@command_line
+def main(argv: list[str] | None = None) -> None:
+    """Command line: see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m benchmark.tables", description=__doc__.splitlines()[0])
+    parser.parse_args(argv)
+    readme = ROOT / "README.md"
+    text = with_results(readme.read_text(), results_block(ROOT / "results"))
+    with atomic_path(readme) as temporary:
+        temporary.write_text(text)
+    print(f"{readme}: tables written")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""Tables of README.md: what is in the JSON files, and nothing else."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmark import tables
+from fastgda.core import ROOT
+
+REPORT = {
+    "queries": 3,
+    "images": 100,
+    "levels": [1, 10],
+    "rows": [
+        {
+            "method": "untuned",
+            "ftype": "pixel",
+            "mAP": {"1": 0.1, "10": 0.2},
+            "standard_error": {"1": 0.01, "10": 0.02},
+        },
+        {
+            "method": "tuned",
+            "ftype": "pixel",
+            "checkpoint": "runs/paper.pth",
+            "mAP": {"1": 0.3, "10": 0.4},
+            "standard_error": {"1": 0.03, "10": 0.04},
+            "gain": {"1": 0.2, "10": 0.2},
+            "gain_standard_error": {"1": 0.005, "10": 0.006},
+        },
+        {"method": "chance", "mAP": {"1": 0.01, "10": 0.1}},
+    ],
+}
+
+
+def test_a_line_for_each_method_and_the_paired_gain():
+    lines = tables.evaluation_table(REPORT, tables.feature_name).splitlines()
+    assert lines[0] == "|  | L = 1 | L = 10 |"
+    assert lines[2:] == [
+        "| untuned pixel | 0.100 ± 0.010 | 0.200 ± 0.020 |",
+        "| **tuned pixel** | 0.300 ± 0.030 | 0.400 ± 0.040 |",
+        "| gain, query by query | 0.200 ± 0.005 | 0.200 ± 0.006 |",
+        "| chance | 0.010 | 0.100 |",
+    ]
+
+
+def test_recipes_are_told_apart_by_their_checkpoints():
+    lines = tables.evaluation_table(REPORT, tables.recipe_name).splitlines()
+    assert lines[3].startswith("| paper's recipe |")
+
+
+def test_only_what_is_between_the_markers_changes():
+    text = "a\n<!-- results -->\nold\n<!-- /results -->\nb\n"
+    assert tables.with_results(text, "new") == "a\n<!-- results -->\nnew\n<!-- /results -->\nb\n"
+    with pytest.raises(ValueError, match="markers"):
+        tables.with_results("nothing", "new")
+
+
+def test_the_readme_shows_the_stored_results():
+    readme = (ROOT / "README.md").read_text()
+    assert tables.with_results(readme, tables.results_block(ROOT / "results")) == readme
