@@ -41,7 +41,10 @@ from feature_extraction.readers import read_split
 
 SPLIT_SIZES = {"test": 110, "val": 60, "train": 1200}
 SMALL_WORDS = frozenset(["a", "and", "at", "by", "for", "in", "of", "on", "the", "to", "with"])
-GRID_CONCEPTS = ("red heart", "cat face", "rocket", "hot beverage", "umbrella", "grinning face", "tree", "guitar")
+GRID_CONCEPTS = (
+    *("red heart", "cat face", "rocket", "hot beverage", "umbrella", "grinning face"),
+    *("palm tree", "guitar", "banana", "bicycle", "pizza", "crown"),
+)
 QUERY_SCHEMA = pa.schema(
     [
         ("id", pa.int64()),
@@ -186,7 +189,7 @@ def write_queries(folder: Path, queries: list[Query], latents: Tensor, images: l
 def sample_grid(model: SourceModel, encoder: MiniLM, config: SampleConfig, concepts: tuple[str, ...]) -> Image.Image:
     """Concepts down, sets across."""
     styles = read_lock()
-    queries = [Query(concept, e.set, e.style, 7) for concept in concepts for e in styles]
+    queries = [Query(concept, e.set, e.style, seed) for seed, concept in enumerate(concepts) for e in styles]
     images = sample_queries(model, encoder, queries, config)[1]
     side = images[0].width
     sheet = Image.new("RGB", (len(styles) * (side + 2), len(concepts) * (side + 2)), "white")
