@@ -1,40 +1,42 @@
-"""Collects the teacher's scores for all queries, in resumable pieces.
+"""Collects the teacher's scores of all queries, in pieces that nothing can lose.
 
-    python -m abu.collect curvature        # EK-FAC factors of the source model; about 4 minutes on two cores
-    python -m abu.collect queries          # whitened gradients of every query
-    python -m abu.collect training         # one pass over the training set; --first_pass, --passes: further ones
-    python -m benchmark.teacher            # merges them into influence_{train,val,test}.npz
+    python -m abu.collect curvature                    # EK-FAC factors of the source model; 2 minutes on two cores
+    python -m abu.collect queries                      # whitened gradients of every query
+    python -m abu.collect training --dry_run           # time, memory and disk that a pass will need
+    python -m abu.collect training                     # one pass over the training set; --passes: several
+    python -m abu.collect training --workers 4         # on four Ray workers; --address: on a running cluster
+    python -m abu.collect status                       # what is done, what failed, the time left
+    python -m benchmark.teacher                        # merges the scores into influence_{train,val,test}.npz
 
-Each piece is written atomically under data/emoji/cache/teacher; what exists is not computed again, and pieces of
-different settings, models or queries are never mixed.
+Each piece is written whole under data/emoji/cache/teacher; what exists is not computed again, and pieces of different
+settings, models or queries are never mixed. Passes differ in their noise only: more of them make the teacher more
+reliable.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
 from abu.amortised import RUNS, Examples, GradientEngine, QueryMatrix, Sketch, score_block
+from abu.cluster import ClusterConfig, Pool
 from abu.curvature import EKFAC, CurvatureConfig, fit_curvature
 from abu.draws import DrawConfig
+from abu.estimate import estimate
+from abu.plan import Collection, Piece, cut
 from abu.testbed import SPLITS, Testbed, add_testbed_flags, testbed_from
-from fastgda.core import (
-    best_device,
-    command_line,
-    load_npz,
-    manifest_difference,
-    manifest_path,
-    save_npz,
-    sha256_file,
-    write_manifest,
-)
+from fastgda.core import best_device, command_line, load_npz, sha256_file, write_manifest
 
-SHARD = 256
+BATCH, QUERY_PIECE, TRAINING_PIECE = 64, 64, 256
+"""Examples computed at once, and examples of a piece."""
 
 
 @dataclass(frozen=True)
@@ -54,126 +56,201 @@ class CollectConfig:
     seed: int = 0
     bf16: bool = False
 
-
-def query_piece(folder: Path, split: str, start: int) -> Path:
-    """Gradients of one shard of queries."""
-    return folder / f"query_{split}_{start:06d}.npz"
-
-
-def training_piece(folder: Path, index: int, start: int) -> Path:
-    """Scores of one shard of training images in one pass."""
-    return folder / f"pass_{index}_{start:06d}.npz"
+    def draws(self, part: str, timesteps: int) -> DrawConfig:
+        """Draws of one run for a split of the queries or, with "training", for a pass over the training set."""
+        per_bin = {"training": self.training_draws, "train": self.query_draws}.get(part, self.judged_query_draws)
+        return DrawConfig(self.bins, per_bin, timesteps=timesteps, seed=self.seed)
 
 
-def claim(testbed: Testbed, folder: Path, config: CollectConfig) -> None:
-    """Marks `folder` as holding pieces of these settings, model and queries; `ValueError` if it holds others."""
-    inputs = {path.stem: sha256_file(path) for path in (testbed.source / "denoiser.safetensors", testbed.curvature)}
-    inputs |= {f"query_{split}": sha256_file(testbed.data / f"query_{split}/latents.npy") for split in SPLITS}
-    if not manifest_path(folder).is_file():
-        if any(folder.glob("*.npz")):
-            raise ValueError(f"{folder}: expected a manifest beside the pieces, found none; delete the folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_manifest(folder, config, command="python -m abu.collect", inputs=inputs)
-    difference = manifest_difference(folder, config, inputs)
-    if difference is not None:
-        raise ValueError(f"{folder}: expected pieces of the same settings ({difference}); delete the folder")
+def folder_of(testbed: Testbed) -> Path:
+    """Where the pieces of a testbed are kept."""
+    return testbed.data / "cache/teacher"
 
 
-def collect_queries(engine: GradientEngine, testbed: Testbed, folder: Path, config: CollectConfig) -> None:
-    """Writes vectors [runs, bins, B, sketch] (float16, scaled to norm one with `norms`) of every query shard."""
-    device = engine.sketch.factor.device
-    for split in SPLITS:
-        examples = testbed.query_examples(split, device)
-        draws = config.query_draws if split == "train" else config.judged_query_draws
-        for start in tqdm(range(0, len(examples.ids), 64), desc=f"queries {split}", unit="shard"):
-            path = query_piece(folder, split, start)
-            if path.is_file():
-                continue
-            batch = examples.rows(start, start + 64)
-            drawing = DrawConfig(config.bins, draws, timesteps=len(engine.schedule), seed=config.seed)
-            vectors = torch.stack([engine(batch, drawing, run) for run in range(RUNS)])
-            norms = vectors.norm(dim=-1, keepdim=True)
-            save_npz(path, vectors=(vectors / norms).half().cpu().numpy(), norms=norms.cpu().numpy())
+class Collector:
+    """Computes the pieces of a collection."""
+
+    def __init__(self, testbed: Testbed, config: CollectConfig) -> None:
+        device = best_device()
+        source = testbed.load_source(device)
+        curvature = EKFAC.load(testbed.curvature).to(device)
+        sketch = Sketch.of(curvature, config.sketch, config.seed)
+        self.testbed, self.config, self.device = testbed, config, device
+        self.engine = GradientEngine(source.denoiser, source.schedule, curvature, sketch, bf16=config.bf16)
+        self._queries: tuple[QueryMatrix, list[QueryMatrix]] | None = None
+        self._examples: dict[str, Examples] = {}
+
+    def compute(self, piece: Piece) -> dict[str, np.ndarray]:
+        """The arrays of a piece, see `query_arrays` and `training_arrays`."""
+        arrays = self.query_arrays(piece) if piece.stage == "query" else self.training_arrays(piece)
+        return {name: tensor.cpu().numpy() for name, tensor in arrays.items()}
+
+    def query_arrays(self, piece: Piece) -> dict[str, torch.Tensor]:
+        """vectors [runs, bins, B, sketch] (float16, scaled to norm one) and their norms."""
+        batch = self.examples(piece.part).rows(piece.start, piece.stop)
+        draws = self.config.draws(piece.part, len(self.engine.schedule))
+        vectors = torch.stack([self.engine(batch, draws, run) for run in range(RUNS)])
+        norms = vectors.norm(dim=-1, keepdim=True)
+        return {"vectors": (vectors / norms).half(), "norms": norms}
+
+    def training_arrays(self, piece: Piece) -> dict[str, torch.Tensor]:
+        """plain, normalised [Q, B] for all queries with both runs pooled; for validation and test queries, with
+        independent draws on both sides, plain_runs [runs, Q', B] and normalised_terms [runs, bins, Q', B] (float16),
+        whose mean over bins is the normalised score.
+        """
+        pooled, halves = self.queries()
+        draws = self.config.draws("training", len(self.engine.schedule))
+        columns: dict[str, list[torch.Tensor]] = {}
+        for low in range(piece.start, piece.stop, BATCH):
+            batch = self.examples("training").rows(low, min(low + BATCH, piece.stop))
+            vectors = [self.engine(batch, draws, RUNS * int(piece.part) + run) for run in range(RUNS)]
+            plain, terms = score_block(pooled, torch.stack(vectors).mean(0))
+            runs = [score_block(half, vector) for half, vector in zip(halves, vectors, strict=True)]
+            found = {
+                "plain": plain,
+                "normalised": terms.mean(0),
+                "plain_runs": torch.stack([plain for plain, _ in runs]),
+                "normalised_terms": torch.stack([terms for _, terms in runs]).half(),
+            }
+            for name, tensor in found.items():
+                columns.setdefault(name, []).append(tensor)
+        return {name: torch.cat(parts, dim=-1) for name, parts in columns.items()}
+
+    def examples(self, part: str) -> Examples:
+        """A split's queries or, with "training", the training images; read when first needed."""
+        if part not in self._examples:
+            training = part == "training"
+            read = self.testbed.training_examples if training else partial(self.testbed.query_examples, part)
+            self._examples[part] = read(self.device)
+        return self._examples[part]
+
+    def queries(self) -> tuple[QueryMatrix, list[QueryMatrix]]:
+        """(all queries with both runs pooled, the validation and test queries of each run)."""
+        if self._queries is None:
+            dtype = torch.bfloat16 if self.config.bf16 else None
+            splits = {split: load_queries(self.testbed, split).to(self.device) for split in SPLITS}
+            judged = torch.cat([splits[split] for split in SPLITS if split != "train"], dim=2)
+            pooled = torch.cat([vectors.mean(0) for vectors in splits.values()], dim=1)
+            self._queries = QueryMatrix.of(pooled, dtype), [QueryMatrix.of(half, dtype) for half in judged]
+        return self._queries
 
 
-def load_queries(folder: Path, split: str, count: int) -> torch.Tensor:
+def load_queries(testbed: Testbed, split: str) -> torch.Tensor:
     """Sketched gradients [runs, bins, Q, sketch] of a split."""
     parts = []
-    for start in range(0, count, 64):
-        piece = load_npz(query_piece(folder, split, start), ("vectors", "norms"), "python -m abu.collect queries")
-        parts.append(torch.from_numpy(piece["vectors"]).float() * torch.from_numpy(piece["norms"]))
+    for piece in query_plan(testbed, (split,)):
+        path = Collection(folder_of(testbed)).path(piece)
+        arrays = load_npz(path, ("vectors", "norms"), "python -m abu.collect queries")
+        parts.append(torch.from_numpy(arrays["vectors"]).float() * torch.from_numpy(arrays["norms"]))
     return torch.cat(parts, dim=2)
 
 
-def collect_training(
-    engine: GradientEngine,
-    examples: Examples,
-    queries: dict[str, torch.Tensor],
-    folder: Path,
-    config: CollectConfig,
-    index: int,
-) -> None:
-    """Pass `index` over the training set: writes the scores of every shard, see `training_piece`.
+def query_plan(testbed: Testbed, splits: tuple[str, ...] = SPLITS) -> list[Piece]:
+    """Pieces of the queries' gradients."""
+    counts = {split: len(testbed.query_captions(split)) for split in splits}
+    return [piece for split, count in counts.items() for piece in cut("query", split, count, QUERY_PIECE)]
 
-    Arrays: plain, normalised [Q, B] for all queries with both runs pooled; for validation and test queries, with
-    independent draws on both sides, plain_runs [runs, Q', B] and normalised_terms [runs, bins, Q', B] (float16), whose
-    mean over bins is the normalised score.
+
+def training_plan(testbed: Testbed, passes: range) -> list[Piece]:
+    """Pieces of the passes over the training set."""
+    images = len(testbed.load_arrays()[0])
+    return [piece for index in passes for piece in cut("pass", str(index), images, TRAINING_PIECE)]
+
+
+def fit(testbed: Testbed) -> None:
+    """Writes the source model's EK-FAC factors."""
+    device, settings = best_device(), CurvatureConfig()
+    source, examples = testbed.load_source(device), testbed.training_examples(device)
+    factors = fit_curvature(source.denoiser, source.schedule, examples.latents, examples.text, settings)
+    factors.save(testbed.curvature)
+    inputs = {"denoiser": sha256_file(testbed.source / "denoiser.safetensors")}
+    write_manifest(testbed.curvature, settings, command="python -m abu.collect curvature", inputs=inputs)
+
+
+def collect(
+    build: Callable[[], Collector], collection: Collection, pieces: list[Piece], cluster: ClusterConfig | None
+) -> None:
+    """Computes and stores the missing pieces, in this process or on Ray workers.
+
+    `ValueError` at the end if some were given up; they are listed in failed.jsonl, and tried again by the next call.
     """
-    dtype = torch.bfloat16 if config.bf16 else None
-    pooled = QueryMatrix.of(torch.cat([vectors.mean(0) for vectors in queries.values()], dim=1), dtype)
-    judged = torch.cat([queries[split] for split in SPLITS if split != "train"], dim=2)
-    halves = [QueryMatrix.of(judged[run], dtype) for run in range(RUNS)]
-    drawing = DrawConfig(config.bins, config.training_draws, timesteps=len(engine.schedule), seed=config.seed)
-    starts = [s for s in range(0, len(examples.ids), SHARD) if not training_piece(folder, index, s).is_file()]
-    for start in tqdm(starts, desc=f"training pass {index}", unit="shard"):
-        columns: dict[str, list[torch.Tensor]] = {}
-        for low in range(start, min(start + SHARD, len(examples.ids)), 64):
-            batch = examples.rows(low, min(low + 64, start + SHARD))
-            vectors = [engine(batch, drawing, RUNS * index + run) for run in range(RUNS)]
-            plain, terms = score_block(pooled, (vectors[0] + vectors[1]) / 2)
-            columns.setdefault("plain", []).append(plain)
-            columns.setdefault("normalised", []).append(terms.mean(0))
-            runs = [score_block(half, vector) for half, vector in zip(halves, vectors, strict=True)]
-            columns.setdefault("plain_runs", []).append(torch.stack([plain for plain, _ in runs]))
-            columns.setdefault("normalised_terms", []).append(torch.stack([terms for _, terms in runs]).half())
-        save_npz(
-            training_piece(folder, index, start),
-            **{name: torch.cat(parts, dim=-1).cpu().numpy() for name, parts in columns.items()},
+    missing = collection.missing(pieces)
+    if not missing:
+        return
+    with tqdm(total=len(pieces), initial=len(pieces) - len(missing), desc=pieces[0].stage, unit="piece") as bar:
+
+        def done(piece: Piece, arrays: dict[str, np.ndarray]) -> None:
+            collection.store(piece, arrays)
+            bar.update()
+
+        if cluster is None:
+            worker = build()
+            for piece in missing:
+                done(piece, worker.compute(piece))
+            return
+        with Pool(build, cluster) as pool:
+            given_up = pool.run(missing, done, collection.failed)
+    if given_up:
+        raise ValueError(
+            f"{collection.folder}: expected {len(pieces)} pieces, gave up {len(given_up)} after {cluster.attempts} "
+            f"attempts each, {given_up[0].name} the first; see failed.jsonl"
         )
+
+
+def print_status(collection: Collection, testbed: Testbed) -> None:
+    """What is done, the rate, the time left, and what failed."""
+    print(collection.status("queries", query_plan(testbed)))
+    started = sorted({int(path.name.split("_")[1]) for path in collection.folder.glob("pass_*.npz")})
+    for index in started:
+        print(collection.status(f"pass {index}", training_plan(testbed, range(index, index + 1))))
+    for name, error in collection.failures().items():
+        print(f"failed: {name}: {error}")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Flags of the command."""
+    made = argparse.ArgumentParser(
+        prog="python -m abu.collect",
+        description="Collects the teacher's scores of all queries, in pieces that nothing can lose.",
+        epilog="example: python -m abu.collect training --passes 4 --workers 2",
+    )
+    made.add_argument("stage", choices=("curvature", "queries", "training", "status"))
+    add_testbed_flags(made)
+    made.add_argument("--first_pass", type=int, default=0, help="number of the first pass; each has its own draws")
+    made.add_argument("--passes", type=int, default=1, help="passes over the training set")
+    made.add_argument("--sketch", type=int, default=CollectConfig.sketch, help="numbers kept of a gradient")
+    made.add_argument("--bf16", action="store_true", help="bfloat16 matrix products")
+    made.add_argument("--workers", type=int, help="Ray workers (default: this process, without Ray)")
+    made.add_argument("--address", help="a running Ray cluster (default with --workers: one on this machine)")
+    made.add_argument("--dry_run", action="store_true", help="print the time, memory and disk needed; compute nothing")
+    return made
 
 
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m abu.collect", description=__doc__.splitlines()[0])
-    parser.add_argument("stage", choices=("curvature", "queries", "training"))
-    add_testbed_flags(parser)
-    parser.add_argument("--first_pass", type=int, default=0, help="number of the first pass; each has its own draws")
-    parser.add_argument("--passes", type=int, default=1, help="passes over the training set")
-    parser.add_argument("--sketch", type=int, default=CollectConfig.sketch, help="numbers kept of a gradient")
-    parser.add_argument("--bf16", action="store_true", help="bfloat16 matrix products")
-    args = parser.parse_args(argv)
-    testbed, device, config = testbed_from(args), best_device(), CollectConfig(bf16=args.bf16, sketch=args.sketch)
-    source = testbed.load_source(device)
-    folder = testbed.data / "cache/teacher"
+    args = parser().parse_args(argv)
+    testbed, config = testbed_from(args), CollectConfig(bf16=args.bf16, sketch=args.sketch)
+    collection = Collection(folder_of(testbed))
     if args.stage == "curvature":
-        examples, settings = testbed.training_examples(device), CurvatureConfig()
-        factors = fit_curvature(source.denoiser, source.schedule, examples.latents, examples.text, settings)
-        factors.save(testbed.curvature)
-        inputs = {"denoiser": sha256_file(testbed.source / "denoiser.safetensors")}
-        write_manifest(testbed.curvature, settings, command="python -m abu.collect curvature", inputs=inputs)
+        fit(testbed)
         return
-    claim(testbed, folder, config)
-    factors = EKFAC.load(testbed.curvature).to(device)
-    engine = GradientEngine(source.denoiser, source.schedule, factors, Sketch.of(factors, config.sketch, config.seed))
+    if args.stage == "status":
+        print_status(collection, testbed)
+        return
+    files = {path.stem: path for path in (testbed.source / "denoiser.safetensors", testbed.curvature)}
+    files |= {f"query_{split}": testbed.data / f"query_{split}/latents.npy" for split in SPLITS}
+    collection.claim(config, {name: sha256_file(path) for name, path in files.items()})
     if args.stage == "queries":
-        collect_queries(engine, testbed, folder, config)
+        pieces = query_plan(testbed)
+    else:
+        pieces = training_plan(testbed, range(args.first_pass, args.first_pass + args.passes))
+    build = partial(Collector, testbed, config)
+    if args.dry_run:
+        print(estimate(build(), collection, pieces, args.workers or 1))
         return
-    counts = {split: len(testbed.query_captions(split)) for split in SPLITS}
-    queries = {split: load_queries(folder, split, count) for split, count in counts.items()}
-    examples = testbed.training_examples(device)
-    for index in range(args.first_pass, args.first_pass + args.passes):
-        collect_training(engine, examples, queries, folder, config, index)
+    cluster = None if args.workers is None and args.address is None else ClusterConfig(args.workers or 1, args.address)
+    collect(build, collection, pieces, cluster)
 
 
 if __name__ == "__main__":

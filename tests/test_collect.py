@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import io
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +22,7 @@ from abu import collect
 from abu.models import Autoencoder, AutoencoderConfig, DiffusionConfig, SourceModel, build_denoiser, save_source
 from abu.sample import QUERY_SCHEMA
 from benchmark import teacher
-from fastgda.core import read_manifest, save_npy, sha256_file
+from fastgda.core import ROOT, read_manifest, save_npy, sha256_file
 from fastgda.rankings import load_rankings
 
 IMAGES, QUERIES = 300, {"train": 70, "val": 3, "test": 4}
@@ -45,8 +52,8 @@ def write_testbed(root):
         pq.write_table(pa.Table.from_pylist(rows, QUERY_SCHEMA), folder / "queries.parquet")
 
 
-def run(stage, root):
-    assert collect.main([stage, "--root", str(root), "--sketch", "384"]) == 0
+def run(stage, root, *flags):
+    assert collect.main([stage, "--root", str(root), "--sketch", "384", *flags]) == 0
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +79,7 @@ def test_every_image_is_scored_for_every_query(collected):
 
 def test_a_lost_piece_is_computed_again_to_the_same_numbers(collected):
     folder = collected / "data/emoji/cache/teacher"
-    lost = collect.training_piece(folder, 0, 0)
-    kept = collect.training_piece(folder, 0, collect.SHARD)
+    lost, kept = folder / "pass_0_000000.npz", folder / "pass_0_000256.npz"
     before, stamp = teacher.load_pass(folder, 0, "normalised"), kept.stat().st_mtime_ns
     lost.unlink()
     run("training", collected)
@@ -88,6 +94,47 @@ def test_pieces_of_other_settings_are_refused(collected, capsys):
     assert collect.main(["training", "--root", str(collected), "--sketch", "192"]) == 2
     assert "config.sketch is 384, wanted 192" in capsys.readouterr().err
     assert sorted(folder.iterdir()) == before
+
+
+def test_ray_workers_leave_the_same_pieces_even_if_the_driver_is_killed(collected, tmp_path):
+    root = tmp_path / "root"
+    shutil.copytree(collected, root)
+    folder = root / "data/emoji/cache/teacher"
+    expected = teacher.load_pass(folder, 0, "normalised")
+    for piece in folder.glob("pass_*"):
+        piece.unlink()
+    command = [
+        sys.executable,
+        "-m",
+        "abu.collect",
+        "training",
+        "--root",
+        str(root),
+        "--sketch",
+        "384",
+        "--workers",
+        "1",
+    ]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True) as driver:
+        while not list(folder.glob("pass_*.npz")):
+            assert driver.poll() is None, "the driver ended before it had written a piece"
+            time.sleep(0.05)
+        os.killpg(driver.pid, signal.SIGKILL)
+    run("training", root)
+    np.testing.assert_allclose(teacher.load_pass(folder, 0, "normalised"), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_dry_run_computes_nothing_and_names_time_memory_and_disk(collected, capsys):
+    run("training", collected, "--first_pass", "5", "--dry_run")
+    printed = capsys.readouterr().out
+    assert re.search(r"2 pieces, [\d.]+ min, [\d.]+ GiB of memory, \d+ MiB on disk", printed)
+    assert not list((collected / "data/emoji/cache/teacher").glob("pass_5_*"))
+
+
+def test_status_counts_pieces(collected, capsys):
+    run("status", collected)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[:2] == ["queries: 4 of 4 pieces", "pass 0: 2 of 2 pieces"]
 
 
 @pytest.mark.parametrize("name", ["influence", "influence_plain"])

@@ -28,6 +28,7 @@ ONE_IMPORTER = {
     "faiss": "fastgda/index.py",
     "diffusers": "abu/models.py",
     "gradio": "demo.py",
+    "ray": "abu/cluster.py",
     "wandb": "fastgda/tracking.py",
 }
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

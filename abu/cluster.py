@@ -1,0 +1,165 @@
+"""Runs the pieces of a plan on Ray workers. The only importer of ray.
+
+Workers compute, the driver writes: a worker, a node or the driver may be killed at any moment, and what is lost is the
+pieces that were being computed. A worker that dies is replaced; a piece is tried a bounded number of times.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from abu.plan import Piece
+from fastgda.core import ROOT
+
+POLL_SECONDS = 10.0
+
+
+class Worker(Protocol):
+    """What computes pieces; built once in each worker's process."""
+
+    def compute(self, piece: Piece) -> dict[str, np.ndarray]:
+        """The arrays of a piece."""
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """Where the pieces are computed."""
+
+    workers: int = 1
+    """Worker processes."""
+    address: str | None = None
+    """Address of a running Ray cluster; by default one is started on this machine."""
+    attempts: int = 3
+    """Times a piece is tried before it is given up."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 1 or self.attempts < 1:
+            raise ValueError(f"expected at least one worker and attempt, found {self.workers} and {self.attempts}")
+
+
+class _Actor:
+    """A worker's process."""
+
+    def __init__(self, build: Callable[[], Worker], threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.worker = build()
+
+    def ready(self) -> None:
+        """Returns as soon as the worker is built."""
+
+    def compute(self, piece: Piece) -> dict[str, np.ndarray]:
+        """See `Worker`."""
+        return self.worker.compute(piece)
+
+
+class Pool:
+    """Workers of a Ray cluster; a context manager that leaves a cluster it started stopped."""
+
+    def __init__(self, build: Callable[[], Worker], config: ClusterConfig) -> None:
+        """`build` makes a worker; it is pickled by reference, so this repository must be importable on every node."""
+        self.ray, self.build, self.config = _import_ray(), build, config
+        self.threads = max(1, (os.cpu_count() or 1) // config.workers)
+        self.running: dict[Any, tuple[Any, Piece, int]] = {}
+        self.starting: dict[Any, Any] = {}
+        self.broken = 0
+
+    def __enter__(self) -> Pool:
+        self.started = not self.ray.is_initialized()
+        if self.started:
+            local: dict[str, Any] = {"num_cpus": self.threads * self.config.workers, "_node_ip_address": "127.0.0.1"}
+            self.ray.init(
+                address=self.config.address,
+                include_dashboard=False if self.config.address is None else None,
+                log_to_driver=False,
+                logging_level="ERROR",
+                runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
+                **(local if self.config.address is None else {}),
+            )
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.started:
+            self.ray.shutdown()
+            return
+        for actor in [*self.starting.values(), *(actor for actor, _, _ in self.running.values())]:
+            self.ray.kill(actor)
+
+    def run(
+        self,
+        pieces: list[Piece],
+        done: Callable[[Piece, dict[str, np.ndarray]], None],
+        failed: Callable[[Piece, int, str], None],
+    ) -> list[Piece]:
+        """Computes all pieces; returns those given up. `failed` hears of every attempt that failed."""
+        waiting, idle = deque((piece, 1) for piece in pieces), deque[Any]()
+        given_up: list[Piece] = []
+        for _ in range(min(self.config.workers, len(pieces))):
+            self._start()
+        while waiting or self.running:
+            while waiting and idle:
+                piece, attempt = waiting.popleft()
+                actor = idle.popleft()
+                self.running[actor.compute.remote(piece)] = (actor, piece, attempt)
+            ready, _ = self.ray.wait([*self.running, *self.starting], num_returns=1, timeout=POLL_SECONDS)
+            for reference in ready:
+                if reference in self.starting:
+                    idle.extend(self._started(reference))
+                    continue
+                actor, piece, attempt = self.running.pop(reference)
+                try:
+                    arrays = self.ray.get(reference)
+                except self.ray.exceptions.RayError as error:
+                    failed(piece, attempt, _cause(error))
+                    if attempt < self.config.attempts:
+                        waiting.append((piece, attempt + 1))
+                    else:
+                        given_up.append(piece)
+                    if isinstance(error, self.ray.exceptions.RayActorError):
+                        self._start()
+                        continue
+                else:
+                    done(piece, arrays)
+                idle.append(actor)
+        return given_up
+
+    def _start(self) -> None:
+        # A piece is handed to a worker only when it stands: one for which the cluster has no room blocks nothing.
+        gpus = 1 if torch.cuda.is_available() else 0
+        remote = self.ray.remote(num_cpus=self.threads, num_gpus=gpus)(_Actor)
+        actor = remote.remote(self.build, self.threads)
+        self.starting[actor.ready.remote()] = actor
+
+    def _started(self, reference: Any) -> list[Any]:
+        actor = self.starting.pop(reference)
+        try:
+            self.ray.get(reference)
+        except self.ray.exceptions.RayError as error:
+            self.broken += 1
+            if self.broken >= self.config.attempts * self.config.workers:
+                raise ValueError(f"workers: expected them to start, found: {_cause(error)}") from error
+            self._start()
+            return []
+        return [actor]
+
+
+def _cause(error: Exception) -> str:
+    """The last line of a remote error: what was raised, without the remote traceback."""
+    cause = getattr(error, "cause", None) or error
+    lines = [line for line in str(cause).splitlines() if line.strip()]
+    return f"{type(cause).__name__}: {lines[-1].strip() if lines else 'no message'}"
+
+
+def _import_ray() -> Any:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import ray
+    except ImportError as error:
+        raise ValueError("--workers: expected ray, found none; pip install 'fastgda[cluster]'") from error
+    return ray

@@ -1,0 +1,107 @@
+"""The plan of a collection: its pieces, which of them are done, how fast they come, and which failed.
+
+A piece is one file. Pieces are cut before the work starts and do not depend on who computes them, so that any number of
+workers, in any order, leaves the same files; a piece that exists is never computed again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from fastgda.core import manifest_difference, manifest_path, save_npz, write_manifest
+
+FAILED = "failed.jsonl"
+RECENT = 20
+"""Pieces that the rate is measured on."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Examples `start` to `stop` of one split of the queries, or of one pass over the training set."""
+
+    stage: Literal["query", "pass"]
+    part: str
+    """The split, or the number of the pass."""
+    start: int
+    stop: int
+
+    @property
+    def name(self) -> str:
+        """Its file."""
+        return f"{self.stage}_{self.part}_{self.start:06d}.npz"
+
+
+def cut(stage: Literal["query", "pass"], part: str, total: int, size: int) -> list[Piece]:
+    """Pieces of at most `size` examples."""
+    return [Piece(stage, part, start, min(start + size, total)) for start in range(0, total, size)]
+
+
+class Collection:
+    """The folder of a collection."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def claim(self, config: Any, inputs: dict[str, str]) -> None:
+        """Marks the folder as holding pieces of these settings and inputs; `ValueError` if it holds others."""
+        if not manifest_path(self.folder).is_file():
+            if any(self.folder.glob("*.npz")):
+                raise ValueError(f"{self.folder}: expected a manifest beside the pieces, found none; delete the folder")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_manifest(self.folder, config, command="python -m abu.collect", inputs=inputs)
+        difference = manifest_difference(self.folder, config, inputs)
+        if difference is not None:
+            raise ValueError(
+                f"{self.folder}: expected pieces of the same settings and inputs, found others ({difference}); "
+                "delete the folder to collect anew"
+            )
+
+    def path(self, piece: Piece) -> Path:
+        """Where a piece is kept."""
+        return self.folder / piece.name
+
+    def missing(self, pieces: list[Piece]) -> list[Piece]:
+        """Those that do not exist yet."""
+        return [piece for piece in pieces if not self.path(piece).is_file()]
+
+    def store(self, piece: Piece, arrays: dict[str, np.ndarray]) -> None:
+        """Writes a piece, whole or not at all."""
+        save_npz(self.path(piece), **arrays)
+
+    def failed(self, piece: Piece, attempt: int, error: str) -> None:
+        """Adds a line to failed.jsonl."""
+        line = {"piece": piece.name, "attempt": attempt, "error": error, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ")}
+        with open(self.folder / FAILED, "a") as handle:
+            handle.write(json.dumps(line) + "\n")
+            handle.flush()
+            os.fsync(handle.fileno())
+
+    def failures(self) -> dict[str, str]:
+        """Piece -> its last error, for the pieces that failed and do not exist."""
+        path = self.folder / FAILED
+        if not path.is_file():
+            return {}
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        return {line["piece"]: line["error"] for line in lines if not (self.folder / line["piece"]).is_file()}
+
+    def rate(self, pieces: list[Piece]) -> float | None:
+        """Pieces a second, over the last ones written; `None` before the second."""
+        written = sorted(self.path(piece).stat().st_mtime for piece in pieces if self.path(piece).is_file())[-RECENT:]
+        if len(written) < 2 or written[-1] == written[0]:
+            return None
+        return (len(written) - 1) / (written[-1] - written[0])
+
+    def status(self, title: str, pieces: list[Piece]) -> str:
+        """One line: what is done, the rate and the time left."""
+        left, rate = len(self.missing(pieces)), self.rate(pieces)
+        line = f"{title}: {len(pieces) - left} of {len(pieces)} pieces"
+        if left and rate:
+            line += f", {60 * rate:.2f} pieces/min, {left / rate / 60:.0f} min left at that rate"
+        return line
