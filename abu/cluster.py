@@ -6,16 +6,18 @@ pieces that were being computed. A worker that dies is replaced; a piece is trie
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from abu.plan import Piece
+from abu.plan import Collection, Task
 from fastgda.core import ROOT
 
 POLL_SECONDS = 10.0
@@ -24,7 +26,7 @@ POLL_SECONDS = 10.0
 class Worker(Protocol):
     """What computes pieces; built once in each worker's process."""
 
-    def compute(self, piece: Piece) -> dict[str, np.ndarray]:
+    def compute(self, piece: Any) -> dict[str, np.ndarray]:
         """The arrays of a piece."""
 
 
@@ -44,6 +46,19 @@ class ClusterConfig:
             raise ValueError(f"expected at least one worker and attempt, found {self.workers} and {self.attempts}")
 
 
+def add_cluster_flags(parser: argparse.ArgumentParser) -> None:
+    """`--workers` and `--address`, which every command with a plan takes."""
+    parser.add_argument("--workers", type=int, help="Ray workers (default: this process, without Ray)")
+    parser.add_argument("--address", help="a running Ray cluster (default with --workers: one on this machine)")
+
+
+def cluster_from(args: argparse.Namespace) -> ClusterConfig | None:
+    """What the flags say; `None` for this process alone."""
+    if args.workers is None and args.address is None:
+        return None
+    return ClusterConfig(1 if args.workers is None else args.workers, args.address)
+
+
 class _Actor:
     """A worker's process."""
 
@@ -54,7 +69,7 @@ class _Actor:
     def ready(self) -> None:
         """Returns as soon as the worker is built."""
 
-    def compute(self, piece: Piece) -> dict[str, np.ndarray]:
+    def compute(self, piece: Any) -> dict[str, np.ndarray]:
         """See `Worker`."""
         return self.worker.compute(piece)
 
@@ -66,7 +81,7 @@ class Pool:
         """`build` makes a worker; it is pickled by reference, so this repository must be importable on every node."""
         self.ray, self.build, self.config = _import_ray(), build, config
         self.threads = max(1, (os.cpu_count() or 1) // config.workers)
-        self.running: dict[Any, tuple[Any, Piece, int]] = {}
+        self.running: dict[Any, tuple[Any, Any, int]] = {}
         self.starting: dict[Any, Any] = {}
         self.broken = 0
 
@@ -93,13 +108,13 @@ class Pool:
 
     def run(
         self,
-        pieces: list[Piece],
-        done: Callable[[Piece, dict[str, np.ndarray]], None],
-        failed: Callable[[Piece, int, str], None],
-    ) -> list[Piece]:
+        pieces: list[Any],
+        done: Callable[[Any, dict[str, np.ndarray]], None],
+        failed: Callable[[Any, int, str], None],
+    ) -> list[Any]:
         """Computes all pieces; returns those given up. `failed` hears of every attempt that failed."""
         waiting, idle = deque((piece, 1) for piece in pieces), deque[Any]()
-        given_up: list[Piece] = []
+        given_up: list[Any] = []
         for _ in range(min(self.config.workers, len(pieces))):
             self._start()
         while waiting or self.running:
@@ -147,6 +162,40 @@ class Pool:
             self._start()
             return []
         return [actor]
+
+
+def run_plan(
+    build: Callable[[], Worker],
+    collection: Collection,
+    pieces: Sequence[Task],
+    cluster: ClusterConfig | None = None,
+    unit: str = "piece",
+) -> None:
+    """Computes and stores the missing pieces, in this process or on Ray workers.
+
+    `ValueError` at the end if some were given up; they are listed in failed.jsonl, and tried again by the next call.
+    """
+    missing = collection.missing(pieces)
+    if not missing:
+        return
+    with tqdm(total=len(pieces), initial=len(pieces) - len(missing), unit=unit) as bar:
+
+        def done(piece: Task, arrays: dict[str, np.ndarray]) -> None:
+            collection.store(piece, arrays)
+            bar.update()
+
+        if cluster is None:
+            worker = build()
+            for piece in missing:
+                done(piece, worker.compute(piece))
+            return
+        with Pool(build, cluster) as pool:
+            given_up = pool.run(missing, done, collection.failed)
+    if given_up:
+        raise ValueError(
+            f"{collection.folder}: expected {len(pieces)} pieces, gave up {len(given_up)} after {cluster.attempts} "
+            f"attempts each, {given_up[0].name} the first; see failed.jsonl"
+        )
 
 
 def _cause(error: Exception) -> str:

@@ -17,17 +17,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from abu.amortised import RUNS, Examples, GradientEngine, QueryMatrix, Sketch, score_block
-from abu.cluster import ClusterConfig, Pool
+from abu.cluster import add_cluster_flags, cluster_from, run_plan
 from abu.curvature import EKFAC, CurvatureConfig, fit_curvature
 from abu.draws import DrawConfig
 from abu.estimate import estimate
@@ -167,36 +165,6 @@ def fit(testbed: Testbed) -> None:
     write_manifest(testbed.curvature, settings, command="python -m abu.collect curvature", inputs=inputs)
 
 
-def collect(
-    build: Callable[[], Collector], collection: Collection, pieces: list[Piece], cluster: ClusterConfig | None
-) -> None:
-    """Computes and stores the missing pieces, in this process or on Ray workers.
-
-    `ValueError` at the end if some were given up; they are listed in failed.jsonl, and tried again by the next call.
-    """
-    missing = collection.missing(pieces)
-    if not missing:
-        return
-    with tqdm(total=len(pieces), initial=len(pieces) - len(missing), desc=pieces[0].stage, unit="piece") as bar:
-
-        def done(piece: Piece, arrays: dict[str, np.ndarray]) -> None:
-            collection.store(piece, arrays)
-            bar.update()
-
-        if cluster is None:
-            worker = build()
-            for piece in missing:
-                done(piece, worker.compute(piece))
-            return
-        with Pool(build, cluster) as pool:
-            given_up = pool.run(missing, done, collection.failed)
-    if given_up:
-        raise ValueError(
-            f"{collection.folder}: expected {len(pieces)} pieces, gave up {len(given_up)} after {cluster.attempts} "
-            f"attempts each, {given_up[0].name} the first; see failed.jsonl"
-        )
-
-
 def print_status(collection: Collection, testbed: Testbed) -> None:
     """What is done, the rate, the time left, and what failed."""
     print(collection.status("queries", query_plan(testbed)))
@@ -220,8 +188,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--passes", type=int, default=1, help="passes over the training set")
     made.add_argument("--sketch", type=int, default=CollectConfig.sketch, help="numbers kept of a gradient")
     made.add_argument("--bf16", action="store_true", help="bfloat16 matrix products")
-    made.add_argument("--workers", type=int, help="Ray workers (default: this process, without Ray)")
-    made.add_argument("--address", help="a running Ray cluster (default with --workers: one on this machine)")
+    add_cluster_flags(made)
     made.add_argument("--dry_run", action="store_true", help="print the time, memory and disk needed; compute nothing")
     return made
 
@@ -249,8 +216,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.dry_run:
         print(estimate(build(), collection, pieces, args.workers or 1))
         return
-    cluster = None if args.workers is None and args.address is None else ClusterConfig(args.workers or 1, args.address)
-    collect(build, collection, pieces, cluster)
+    run_plan(build, collection, pieces, cluster_from(args))
 
 
 if __name__ == "__main__":

@@ -9,17 +9,27 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 
 from fastgda.core import manifest_difference, manifest_path, save_npz, write_manifest
 
 FAILED = "failed.jsonl"
+T = TypeVar("T", bound="Task")
 RECENT = 20
 """Pieces that the rate is measured on."""
+
+
+class Task(Protocol):
+    """One unit of work, which ends in one file."""
+
+    @property
+    def name(self) -> str:
+        """Its file."""
 
 
 @dataclass(frozen=True)
@@ -63,19 +73,19 @@ class Collection:
                 "delete the folder to collect anew"
             )
 
-    def path(self, piece: Piece) -> Path:
+    def path(self, piece: Task) -> Path:
         """Where a piece is kept."""
         return self.folder / piece.name
 
-    def missing(self, pieces: list[Piece]) -> list[Piece]:
+    def missing(self, pieces: Sequence[T]) -> list[T]:
         """Those that do not exist yet."""
         return [piece for piece in pieces if not self.path(piece).is_file()]
 
-    def store(self, piece: Piece, arrays: dict[str, np.ndarray]) -> None:
+    def store(self, piece: Task, arrays: dict[str, np.ndarray]) -> None:
         """Writes a piece, whole or not at all."""
         save_npz(self.path(piece), **arrays)
 
-    def failed(self, piece: Piece, attempt: int, error: str) -> None:
+    def failed(self, piece: Task, attempt: int, error: str) -> None:
         """Adds a line to failed.jsonl."""
         line = {"piece": piece.name, "attempt": attempt, "error": error, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ")}
         with open(self.folder / FAILED, "a") as handle:
@@ -91,14 +101,14 @@ class Collection:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         return {line["piece"]: line["error"] for line in lines if not (self.folder / line["piece"]).is_file()}
 
-    def rate(self, pieces: list[Piece]) -> float | None:
+    def rate(self, pieces: Sequence[Task]) -> float | None:
         """Pieces a second, over the last ones written; `None` before the second."""
         written = sorted(self.path(piece).stat().st_mtime for piece in pieces if self.path(piece).is_file())[-RECENT:]
         if len(written) < 2 or written[-1] == written[0]:
             return None
         return (len(written) - 1) / (written[-1] - written[0])
 
-    def status(self, title: str, pieces: list[Piece]) -> str:
+    def status(self, title: str, pieces: Sequence[Task]) -> str:
         """One line: what is done, the rate and the time left."""
         left, rate = len(self.missing(pieces)), self.rate(pieces)
         line = f"{title}: {len(pieces) - left} of {len(pieces)} pieces"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from abu.models import SourceModel, sampling_schedule
-from abu.testbed import add_testbed_flags, testbed_from
+from abu.testbed import SPLITS, add_testbed_flags, testbed_from
 from fastgda.core import (
     atomic_path,
     best_device,
@@ -39,7 +40,6 @@ from feature_extraction.emoji import read_lock
 from feature_extraction.minilm import MiniLM
 from feature_extraction.readers import read_split
 
-SPLIT_SIZES = {"test": 110, "val": 60, "train": 1200}
 SMALL_WORDS = frozenset(["a", "and", "at", "by", "for", "in", "of", "on", "the", "to", "with"])
 GRID_CONCEPTS = (
     *("red heart", "cat face", "rocket", "hot beverage", "umbrella", "grinning face"),
@@ -89,8 +89,13 @@ def concept_key(concept: str) -> frozenset[str]:
     return frozenset(concept.split()) - SMALL_WORDS
 
 
-def choose_queries(concepts: list[str], sets: list[str], config: SampleConfig) -> dict[str, list[Query]]:
-    """Splits concepts and gives each a set and a seed; `concepts` and `sets` are the training set's columns."""
+def choose_queries(
+    concepts: list[str], sets: list[str], sizes: dict[str, tuple[int, int]], config: SampleConfig
+) -> dict[str, list[Query]]:
+    """Splits concepts and gives each its sets and seeds.
+
+    `concepts` and `sets` are the training set's columns, `sizes` is the testbed's `queries`.
+    """
     drawn_in: dict[frozenset[str], set[str]] = {}
     name_of: dict[frozenset[str], str] = {}
     for concept, name in zip(concepts, sets, strict=True):
@@ -98,23 +103,26 @@ def choose_queries(concepts: list[str], sets: list[str], config: SampleConfig) -
         drawn_in.setdefault(key, set()).add(name)
         name_of.setdefault(key, concept)
     eligible = sorted(name_of[key] for key, names in drawn_in.items() if key and len(names) >= config.min_sets)
-    if len(eligible) < sum(SPLIT_SIZES.values()):
-        raise ValueError(
-            f"expected {sum(SPLIT_SIZES.values())} concepts in {config.min_sets} sets, found {len(eligible)}"
-        )
-    random = np.random.default_rng(config.seed)
-    order = random.permutation(len(eligible))
-    styles = [entry for entry in read_lock()]
+    needed = {split: math.ceil(count / per_concept) for split, (count, per_concept) in sizes.items()}
+    if len(eligible) < sum(needed.values()):
+        raise ValueError(f"expected {sum(needed.values())} concepts in {config.min_sets} sets, found {len(eligible)}")
+    order = np.random.default_rng(config.seed).permutation(len(eligible))
+    styles = read_lock()
     queries: dict[str, list[Query]] = {}
     start = 0
-    for offset, (split, size) in enumerate(SPLIT_SIZES.items()):
+    for offset, (split, (count, per_concept)) in enumerate(sizes.items()):
+        chosen = [eligible[row] for row in order[start : start + needed[split]]]
+        start += needed[split]
         # Sets in turn, so that every creator has the same number of queries in every split.
-        chosen = [eligible[row] for row in order[start : start + size]]
         queries[split] = [
-            Query(concept, styles[i % len(styles)].set, styles[i % len(styles)].style, 1_000_000 * (offset + 1) + i)
-            for i, concept in enumerate(chosen)
+            Query(
+                chosen[i // per_concept],
+                styles[i % len(styles)].set,
+                styles[i % len(styles)].style,
+                1_000_000 * (offset + 1) + i,
+            )
+            for i in range(count)
         ]
-        start += size
     return queries
 
 
@@ -203,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m abu.sample", description=__doc__.splitlines()[0])
     add_testbed_flags(parser)
-    parser.add_argument("--splits", nargs="+", choices=list(SPLIT_SIZES), default=list(SPLIT_SIZES))
+    parser.add_argument("--splits", nargs="+", choices=SPLITS, default=SPLITS)
     parser.add_argument("--guidance", type=float, default=SampleConfig.guidance, help="classifier-free guidance weight")
     parser.add_argument("--seed", type=int, default=SampleConfig.seed, help="seed of the split into queries")
     parser.add_argument("--grid", type=Path, help="only draw a grid of prompts × sets into this PNG")
@@ -216,7 +224,7 @@ def main(argv: list[str] | None = None) -> None:
             sample_grid(model, encoder, config, GRID_CONCEPTS).save(temporary)
         return
     table = read_split(testbed.data, "data")
-    queries = choose_queries(table.concepts, table.sets, config)
+    queries = choose_queries(table.concepts, table.sets, testbed.queries, config)
     weights = [testbed.source / f"{part}.safetensors" for part in ("denoiser", "autoencoder")]
     inputs = {path.stem: sha256_file(path) for path in weights}
     for split in args.splits:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -14,9 +15,9 @@ from tqdm import tqdm
 from abu.amortised import Examples
 from abu.models import AutoencoderConfig, DiffusionConfig, SourceModel, load_source
 from abu.training import LoopConfig
-from fastgda.core import ROOT, load_npy
+from fastgda.core import ROOT, load_npy, require_file
 from feature_extraction.minilm import MiniLM
-from feature_extraction.readers import read_split
+from feature_extraction.readers import read_split, split_path
 
 SPLITS = ("train", "val", "test")
 
@@ -30,6 +31,8 @@ class Testbed:
     autoencoder_loop: LoopConfig
     diffusion: DiffusionConfig
     diffusion_loop: LoopConfig
+    queries: dict[str, tuple[int, int]]
+    """Split -> (number of queries, sets that each of its concepts is prompted in)."""
     root: Path = ROOT
     """Folder that holds `data/`, `weights/` and `runs/`."""
 
@@ -87,6 +90,11 @@ class Testbed:
         table = read_split(self.data, f"{split}_query")
         return [table.caption(row) for row in range(len(table))]
 
+    def query_seeds(self, split: str) -> list[int]:
+        """Seeds that the queries of one split were sampled with."""
+        path = require_file(split_path(self.data, f"{split}_query"), f"python -m abu.sample --mode {self.name}")
+        return pq.read_table(path, columns=["seed"])["seed"].to_pylist()
+
     def query_examples(self, split: str, device: torch.device) -> Examples:
         """The generated images of one split: stored latents, token states of their prompts."""
         folder, captions = self.data / f"query_{split}", self.query_captions(split)
@@ -102,6 +110,7 @@ TESTBEDS = {
         LoopConfig(steps=2600, batch_size=64, learning_rate=1.5e-3, ema=0.999, bf16=True),
         DiffusionConfig(prediction="v_prediction"),
         LoopConfig(steps=20_000, batch_size=64, learning_rate=1e-3, warmup=300, ema=0.9995),
+        {"test": (110, 1), "val": (60, 1), "train": (1200, 1)},
     ),
     "emoji-mini": Testbed(
         "emoji-mini",
@@ -109,6 +118,7 @@ TESTBEDS = {
         LoopConfig(steps=3000, batch_size=64, learning_rate=1.5e-3, ema=0.999, bf16=True),
         DiffusionConfig(sample_size=4, latent_channels=16, channels=(64, 128), prediction="v_prediction"),
         LoopConfig(steps=2400, batch_size=64, learning_rate=2e-3, warmup=100, ema=0.995),
+        {"test": (110, 3), "val": (60, 3), "train": (720, 9)},
     ),
 }
 """`emoji` for the demo and the main results, `emoji-mini` for retraining experiments."""

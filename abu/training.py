@@ -75,6 +75,7 @@ def train(
     device: torch.device,
     checkpoint_seconds: float = 120.0,
     stop_after_steps: int | None = None,
+    progress: bool = True,
 ) -> list[float]:
     """Minimises `loss(model, rows, generator)` and leaves the averaged weights in `model`.
 
@@ -109,7 +110,7 @@ def train(
                 temporary,
             )
 
-    bar = tqdm(total=config.steps, initial=len(history), desc=folder.name, unit="step", mininterval=1.0)
+    bar = tqdm(total=config.steps, initial=len(history), desc=folder.name, unit="step", disable=not progress)
     saved_at, stop = time.monotonic(), min(config.steps, len(history) + (stop_after_steps or config.steps))
     try:
         for step in range(len(history), stop):

@@ -1,7 +1,7 @@
 """Builds the emoji testbed: nine openly licensed emoji sets as one Parquet file of PNG bytes with captions.
 
     python -m feature_extraction.emoji                # emoji: every image, 64 px
-    python -m feature_extraction.emoji --mode emoji-mini   # a seeded, stratified 1,200 of them, 32 px
+    python -m feature_extraction.emoji --mode emoji-mini   # 140 concepts in all nine sets, 32 px
 
 The sets come from npm packages (Iconify JSON: SVG bodies, names, author, licence) whose versions and SHA-512
 integrity are pinned in `emoji_lock.json`. Skin-tone variants and icons marked hidden (deprecated duplicates) are
@@ -37,7 +37,7 @@ from tqdm import tqdm
 from fastgda.core import ROOT, atomic_path, command_line, manifest_difference, sha256_file, write_manifest
 
 LOCK_FILE = Path(__file__).with_name("emoji_lock.json")
-MINI_IMAGES = 1200
+MINI_CONCEPTS = 140
 PIXELS = {"emoji": 64, "emoji-mini": 32}
 SKIN_TONE = "(?:medium-light|medium-dark|light|medium|dark)"
 SHORT_WORDS = frozenset({"at", "by", "in", "no", "of", "ok", "on", "to", "up"})
@@ -76,8 +76,8 @@ class EmojiConfig:
 
     mode: str = "emoji"
     pixels: int = 64
-    images: int | None = None
-    """Size of the stratified subset; every image where absent."""
+    concepts: int | None = None
+    """Concepts of the subset, each drawn once in every set; every image where absent."""
     seed: int = 0
 
 
@@ -225,16 +225,17 @@ def concept_names(sets: dict[str, list[str]]) -> dict[tuple[str, str], str]:
     return concepts
 
 
-def stratified_subset(groups: list[str], size: int, seed: int) -> list[int]:
-    """`size` row numbers, sorted, drawn from each group in proportion to its size (largest remainders first)."""
-    labels = np.asarray(groups)
-    values, counts = np.unique(labels, return_counts=True)
-    quota = counts * size / len(labels)
-    take = np.floor(quota).astype(int)
-    take[np.argsort(take - quota, kind="stable")[: size - take.sum()]] += 1
-    random = np.random.default_rng(seed)
-    chosen = [random.choice(np.flatnonzero(labels == v), n, replace=False) for v, n in zip(values, take, strict=True)]
-    return sorted(int(row) for row in np.concatenate(chosen))
+def shared_concepts(concepts: list[str], sets: list[str], count: int, seed: int) -> list[int]:
+    """Row numbers, sorted, of `count` random concepts that every set draws: one image of each in each set."""
+    first: dict[tuple[str, str], int] = {}
+    for row, pair in enumerate(zip(concepts, sets, strict=True)):
+        first.setdefault(pair, row)
+    names = set(sets)
+    shared = sorted({concept for concept in concepts if all((concept, name) in first for name in names)})
+    if len(shared) < count:
+        raise ValueError(f"expected {count} concepts that all {len(names)} sets draw, found {len(shared)}")
+    chosen = np.random.default_rng(seed).choice(shared, count, replace=False)
+    return sorted(first[concept, name] for concept in chosen for name in names)
 
 
 def build(config: EmojiConfig, out: Path, cache: Path, lock: Path = LOCK_FILE) -> None:
@@ -253,9 +254,10 @@ def build(config: EmojiConfig, out: Path, cache: Path, lock: Path = LOCK_FILE) -
     concepts = concept_names(names)
     jobs = [(entry, name) for entry in pinned for name in names[entry.set]]
     expected = sum(entry.images for entry in pinned)
-    if config.images is not None:
-        chosen = stratified_subset([entry.set for entry, _ in jobs], config.images, config.seed)
-        jobs, expected = [jobs[row] for row in chosen], config.images
+    if config.concepts is not None:
+        words = [concepts[entry.set, name] for entry, name in jobs]
+        chosen = shared_concepts(words, [entry.set for entry, _ in jobs], config.concepts, config.seed)
+        jobs, expected = [jobs[row] for row in chosen], len(chosen)
 
     failed: list[str] = []
 
@@ -329,8 +331,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--cache", type=Path, default=ROOT / "data/emoji/cache", help="where npm tarballs are kept")
     parser.add_argument("--seed", type=int, default=0, help="seed of the emoji-mini subset")
     args = parser.parse_args(argv)
-    images = MINI_IMAGES if args.mode == "emoji-mini" else None
-    config = EmojiConfig(args.mode, PIXELS[args.mode], images, args.seed)
+    concepts = MINI_CONCEPTS if args.mode == "emoji-mini" else None
+    config = EmojiConfig(args.mode, PIXELS[args.mode], concepts, args.seed)
     build(config, args.out or ROOT / "data" / args.mode / "trainset", args.cache)
 
 

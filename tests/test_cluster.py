@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from abu.cluster import ClusterConfig, Pool
-from abu.collect import collect
+from abu.cluster import ClusterConfig, Pool, run_plan
 from abu.plan import Collection, cut
 
 ray = pytest.importorskip("ray")
@@ -80,7 +79,7 @@ def stored(collection):
 def test_pieces_survive_failures_and_killed_workers(nodes, orders, collection):
     (orders / PIECES[1].name).write_text("die")
     (orders / PIECES[4].name).write_text("fail")
-    collect(partial(Worker, orders), collection, PIECES, ClusterConfig(2))
+    run_plan(partial(Worker, orders), collection, PIECES, ClusterConfig(2))
     assert np.array_equal(stored(collection), np.arange(40) ** 2)
     lines = (collection.folder / "failed.jsonl").read_text()
     assert PIECES[1].name in lines and "told to fail" in lines
@@ -91,17 +90,17 @@ def test_a_piece_that_always_fails_is_given_up_and_tried_again_by_the_next_call(
     order = orders / PIECES[2].name
     order.write_text("always")
     with pytest.raises(ValueError, match=f"gave up 1 after 2 attempts each, {PIECES[2].name}"):
-        collect(partial(Worker, orders), collection, PIECES, ClusterConfig(2, attempts=2))
+        run_plan(partial(Worker, orders), collection, PIECES, ClusterConfig(2, attempts=2))
     assert collection.missing(PIECES) == [PIECES[2]]
     assert "told to fail" in collection.failures()[PIECES[2].name]
     order.unlink()
-    collect(partial(Worker, orders), collection, PIECES, ClusterConfig(1))
+    run_plan(partial(Worker, orders), collection, PIECES, ClusterConfig(1))
     assert np.array_equal(stored(collection), np.arange(40) ** 2)
 
 
 def test_workers_that_cannot_start_say_why(nodes, collection):
     with pytest.raises(ValueError, match="no model here"):
-        collect(refuse, collection, PIECES, ClusterConfig(2))
+        run_plan(refuse, collection, PIECES, ClusterConfig(2))
 
 
 def test_a_node_may_leave(nodes, orders, collection):

@@ -248,20 +248,19 @@ def test_machine_without_node_is_told_what_to_install(tmp_path, monkeypatch):
 # --- the subset
 
 
-def test_subset_keeps_the_proportions_of_the_sets():
-    groups = ["a"] * 600 + ["b"] * 300 + ["c"] * 97 + ["d"] * 3
-    rows = emoji.stratified_subset(groups, 100, seed=0)
-    assert rows == sorted(set(rows))
-    counts = {group: sum(groups[row] == group for row in rows) for group in "abcd"}
-    assert counts == {"a": 60, "b": 30, "c": 10, "d": 0}, "9.7 rounds up before 0.3 does"
-    assert rows == emoji.stratified_subset(groups, 100, seed=0)
-    assert rows != emoji.stratified_subset(groups, 100, seed=1)
-    assert emoji.stratified_subset(groups, len(groups), seed=0) == list(range(len(groups)))
+def test_subset_holds_each_concept_once_in_every_set():
+    concepts = ["cat", "dog", "cat", "cat", "owl", "dog", "owl", "fox"]
+    sets = ["a", "a", "a", "b", "b", "b", "a", "a"]
+    assert emoji.shared_concepts(concepts, sets, 3, seed=0) == [0, 1, 3, 4, 5, 6]
+    few = [emoji.shared_concepts(concepts, sets, 1, seed) for seed in range(40)]
+    assert {tuple(rows) for rows in few} == {(0, 3), (1, 5), (4, 6)}
+    with pytest.raises(ValueError, match="expected 4 concepts that all 2 sets draw, found 3"):
+        emoji.shared_concepts(concepts, sets, 4, seed=0)
 
 
 def test_subset_of_the_dataset_has_its_own_ids(two_sets, tmp_path):
     cache, lock = two_sets
-    config = emoji.EmojiConfig("emoji-mini", 32, images=4)
+    config = emoji.EmojiConfig("emoji-mini", 32, concepts=2)
     emoji.build(config, tmp_path / "mini", cache, lock)
     rows = pq.read_table(tmp_path / "mini/emoji.parquet").to_pylist()
     assert [row["id"] for row in rows] == [0, 1, 2, 3]

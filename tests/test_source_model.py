@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 
 from abu.models import load_source
-from abu.sample import SPLIT_SIZES, SampleConfig, choose_queries, concept_key, sample_latents, to_images
+from abu.sample import SampleConfig, choose_queries, concept_key, sample_latents, to_images
 from abu.testbed import SPLITS, TESTBEDS
 from fastgda.core import load_npy, verify_artifact
+from feature_extraction.emoji import read_lock
 from feature_extraction.minilm import MiniLM
 
 TESTBED = TESTBEDS["emoji"]
@@ -41,7 +42,7 @@ def test_shipped_queries_are_what_their_manifest_says(split):
 
 def test_stored_queries_can_be_sampled_again(source):
     rows = pq.read_table(TESTBED.data / "query_test/queries.parquet").to_pylist()[:3]
-    stored = load_npy(TESTBED.data / "query_test/latents.npy", (SPLIT_SIZES["test"], None, None, None))
+    stored = load_npy(TESTBED.data / "query_test/latents.npy", (TESTBED.queries["test"][0], None, None, None))
     text = MiniLM(device=CPU).token_states([row["captions"][0] for row in rows])
     latents = sample_latents(source, text, [row["seed"] for row in rows], SampleConfig())
     # another processor rounds differently, and fifty steps amplify it
@@ -59,13 +60,28 @@ def test_concepts_of_the_splits_do_not_overlap():
         }
         for split in SPLITS
     }
-    assert {split: len(found) for split, found in keys.items()} == SPLIT_SIZES
+    assert {split: len(found) for split, found in keys.items()} == {
+        split: count for split, (count, _) in TESTBED.queries.items()
+    }
     assert not keys["train"] & keys["val"] and not keys["train"] & keys["test"] and not keys["val"] & keys["test"]
+
+
+def test_concepts_prompted_in_several_sets_stay_in_one_split():
+    sets = [entry.set for entry in read_lock()]
+    concepts = [f"thing{number}" for number in range(6) for _ in sets]
+    sizes = {"test": (5, 3), "val": (2, 1), "train": (18, 9)}
+    found = choose_queries(concepts, sets * 6, sizes, SampleConfig())
+    names = {split: [query.concept for query in queries] for split, queries in found.items()}
+    assert [len(set(names[split])) for split in sizes] == [2, 2, 2]
+    assert len(set().union(*map(set, names.values()))) == 6
+    assert {(query.concept, query.set) for query in found["train"]} == {
+        (name, style) for name in set(names["train"]) for style in sets
+    }
 
 
 def test_too_few_concepts_are_refused():
     with pytest.raises(ValueError, match="expected 1370 concepts in 3 sets, found 1"):
-        choose_queries(["a heart"] * 3, ["noto", "twemoji", "openmoji"], SampleConfig())
+        choose_queries(["a heart"] * 3, ["noto", "twemoji", "openmoji"], TESTBED.queries, SampleConfig())
 
 
 def test_the_noise_of_an_image_does_not_depend_on_its_batch(source):
