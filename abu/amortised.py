@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from abu.curvature import EKFAC
+from abu.curvature import DiagonalFisher
 from abu.diffusion_loss import NoiseSchedule, at_least_float32
 from abu.draws import DrawConfig, draw
 from abu.keyvalue import OutputGradients
@@ -41,7 +41,7 @@ class Sketch:
     size: int
 
     @staticmethod
-    def of(curvature: EKFAC, size: int, seed: int = 0) -> Sketch:
+    def of(curvature: DiagonalFisher, size: int, seed: int = 0) -> Sketch:
         """Raises `ValueError` unless `size` divides the number of weights."""
         damped = curvature.damped()
         if damped.numel() % size:
@@ -83,9 +83,16 @@ class GradientEngine:
     """Whitened, sketched gradients of examples, one vector per timestep bin."""
 
     def __init__(
-        self, model: torch.nn.Module, schedule: NoiseSchedule, curvature: EKFAC, sketch: Sketch, *, bf16: bool = False
+        self,
+        model: torch.nn.Module,
+        schedule: NoiseSchedule,
+        curvature: DiagonalFisher,
+        sketch: Sketch,
+        *,
+        bf16: bool = False,
     ) -> None:
         self.gradients = OutputGradients(model)
+        curvature.require_fit(self.gradients.layers)
         self.schedule = schedule
         self.curvature, self.sketch, self.bf16 = curvature, sketch, bf16
 

@@ -26,12 +26,13 @@ import torch
 
 from abu.amortised import RUNS, Examples, GradientEngine, QueryMatrix, Sketch, score_block
 from abu.cluster import add_cluster_flags, cluster_from, run_plan
-from abu.curvature import EKFAC, CurvatureConfig, fit_curvature
+from abu.curvature import EKFAC
 from abu.draws import DrawConfig
 from abu.estimate import estimate
+from abu.fisher import CurvatureConfig, fit_testbed
 from abu.plan import Collection, Piece, cut
 from abu.testbed import SPLITS, Testbed, add_testbed_flags, testbed_from
-from fastgda.core import best_device, command_line, load_npz, sha256_file, write_manifest
+from fastgda.core import best_device, command_line, load_npz, sha256_file
 
 BATCH, QUERY_PIECE, TRAINING_PIECE = 64, 64, 256
 """Examples computed at once, and examples of a piece."""
@@ -155,16 +156,6 @@ def training_plan(testbed: Testbed, passes: range) -> list[Piece]:
     return [piece for index in passes for piece in cut("pass", str(index), images, TRAINING_PIECE)]
 
 
-def fit(testbed: Testbed) -> None:
-    """Writes the source model's EK-FAC factors."""
-    device, settings = best_device(), CurvatureConfig()
-    source, examples = testbed.load_source(device), testbed.training_examples(device)
-    factors = fit_curvature(source.denoiser, source.schedule, examples.latents, examples.text, settings)
-    factors.save(testbed.curvature)
-    inputs = {"denoiser": sha256_file(testbed.source / "denoiser.safetensors")}
-    write_manifest(testbed.curvature, settings, command="python -m abu.collect curvature", inputs=inputs)
-
-
 def print_status(collection: Collection, testbed: Testbed) -> None:
     """What is done, the rate, the time left, and what failed."""
     print(collection.status("queries", query_plan(testbed)))
@@ -200,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
     testbed, config = testbed_from(args), CollectConfig(bf16=args.bf16, sketch=args.sketch)
     collection = Collection(folder_of(testbed))
     if args.stage == "curvature":
-        fit(testbed)
+        fit_testbed(testbed, testbed.load_source(best_device()), CurvatureConfig(), testbed.curvature)
         return
     if args.stage == "status":
         print_status(collection, testbed)

@@ -1,26 +1,26 @@
-"""EK-FAC curvature of the key/value layers (George et al. 2018; paper, section 3.2 and appendix on AbU+).
+"""Curvature of the chosen layers: EK-FAC (George et al. 2018; paper, section 3.2 and appendix on AbU+) and diagonal.
 
-Per layer with input a and output gradient g:  A = E[a aᵀ], B = E[g gᵀ] over tokens; U_A, U_B their eigenvectors;
+Per layer with input a and output gradient g:  A = E[a aᵀ], B = E[g gᵀ] over positions; U_A, U_B their eigenvectors;
 S = E[(U_Bᵀ ∇W U_A)²] over examples (image, ε, t);
 F⁻¹∇W ≈ U_B ((U_Bᵀ ∇W U_A) / (S + λ)) U_Aᵀ with λ = damping · mean(S).
-A and U_A are shared, because all key/value layers read the same text tokens.
+The diagonal Fisher (AbU) is the same with U_A = U_B = I. Layers that read the same input form a group and share A and
+U_A: all key/value layers read the same text tokens. Positions whose input is zero (padding) are left out of A and B,
+because they contribute nothing to ∇W.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
-from abu.diffusion_loss import NoiseSchedule
-from abu.draws import DrawConfig, draw
-from abu.keyvalue import OutputGradients
+from abu.layers import Layer, matrix_shape
 from fastgda.core import atomic_path, require_file
 
 DAMPING = 0.1
@@ -38,43 +38,108 @@ def eigenbasis(covariance: Tensor, name: str) -> tuple[Tensor, Tensor]:
     return values, vectors
 
 
-@dataclass(frozen=True)
-class EKFAC:
-    """Eigenbases and corrected eigenvalues of the key/value layers."""
+@dataclass(frozen=True, kw_only=True)
+class DiagonalFisher:
+    """F ≈ diag(S) for the weights of layers that read the same input. Matrices [out, in], the layers side by side."""
 
     sizes: tuple[int, ...]
     """Output width of each layer; they add up to `out`."""
-    basis_in: Tensor
-    """U_A [in, in]."""
-    basis_out: tuple[Tensor, ...]
-    """U_B of each layer [size, size]."""
     eigenvalues: Tensor
-    """S [out, in], the layers one below the other."""
+    """S [out, in]."""
     damping: float = DAMPING
+    names: tuple[str, ...] = ()
+    """The layers; empty if the file that the factors come from does not say."""
 
-    def to(self, target: torch.device | torch.dtype) -> EKFAC:
+    def to(self, target: torch.device | torch.dtype) -> DiagonalFisher:
         """The same factors on another device or in another type."""
-        moved = tuple(basis.to(target) for basis in self.basis_out)
-        return EKFAC(self.sizes, self.basis_in.to(target), moved, self.eigenvalues.to(target), self.damping)
+        return replace(self, eigenvalues=self.eigenvalues.to(target))
 
     def damped(self) -> Tensor:
         """S + λ [out, in], with λ = damping · mean(S) of each layer."""
         return torch.cat([s + self.damping * s.mean() for s in self.eigenvalues.split(self.sizes)])
+
+    def rotate(self, gradients: Tensor) -> Tensor:
+        """Weight gradients [..., out, in] into the basis in which F is diagonal."""
+        return gradients
+
+    def rotate_back(self, rotated: Tensor) -> Tensor:
+        """The inverse of `rotate`."""
+        return rotated
+
+    def rotated_gradients(self, gradients: Tensor, inputs: Tensor) -> Tensor:
+        """∇W [B, out, in] of each example in that basis, from g [B, T, out] and a [B, T, in]."""
+        return gradients.mT @ inputs
+
+    def natural_gradient(self, rotated: Tensor) -> Tensor:
+        """F⁻¹∇W [..., out, in] in the original basis, from a gradient in the basis of `rotate`."""
+        return self.rotate_back(rotated / self.damped())
+
+    def require_fit(self, layers: Mapping[str, Layer]) -> None:
+        """Raises `ValueError` naming the first difference unless the factors are those of `layers`, in their order."""
+        if len(self.sizes) != len(layers):
+            raise ValueError(f"curvature: expected factors of {len(layers)} layers, found {len(self.sizes)}")
+        for name, size, (wanted, layer) in zip(self.names or layers, self.sizes, layers.items(), strict=True):
+            found, shape = (size, self.eigenvalues.shape[-1]), matrix_shape(layer)
+            if (name, found) != (wanted, shape):
+                raise ValueError(f"curvature: expected factors of {wanted} {shape}, found {name} {found}")
+
+    def reordered(self, order: list[int]) -> DiagonalFisher:
+        """The same factors with the layers in another order."""
+        pieces = self.eigenvalues.split(self.sizes)
+        return replace(
+            self,
+            sizes=tuple(self.sizes[index] for index in order),
+            eigenvalues=torch.cat([pieces[index] for index in order]),
+            names=tuple(self.names[index] for index in order),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EKFAC(DiagonalFisher):
+    """F ≈ U diag(S) Uᵀ with U = U_B ⊗ U_A, layer by layer."""
+
+    basis_in: Tensor
+    """U_A [in, in]."""
+    basis_out: tuple[Tensor, ...]
+    """U_B of each layer [size, size]."""
+
+    def to(self, target: torch.device | torch.dtype) -> EKFAC:
+        """The same factors on another device or in another type."""
+        return replace(
+            self,
+            basis_in=self.basis_in.to(target),
+            basis_out=tuple(basis.to(target) for basis in self.basis_out),
+            eigenvalues=self.eigenvalues.to(target),
+        )
+
+    def reordered(self, order: list[int]) -> EKFAC:
+        """The same factors with the layers in another order."""
+        diagonal = super().reordered(order)
+        assert isinstance(diagonal, EKFAC)
+        return replace(diagonal, basis_out=tuple(self.basis_out[index] for index in order))
 
     def rotate_out(self, gradients: Tensor) -> Tensor:
         """Output gradients [..., out] into the eigenbases U_B, layer by layer."""
         pieces = gradients.split(self.sizes, dim=-1)
         return torch.cat([piece @ basis for piece, basis in zip(pieces, self.basis_out, strict=True)], dim=-1)
 
-    def rotated_gradients(self, gradients: Tensor, tokens: Tensor) -> Tensor:
-        """U_Bᵀ ∇W U_A [B, out, in] of each example, from g [B, T, out] and a [B, T, in]."""
-        return self.rotate_out(gradients).mT @ (tokens @ self.basis_in)
+    def rotate(self, gradients: Tensor) -> Tensor:
+        """U_Bᵀ ∇W U_A."""
+        return self.rotate_out((gradients @ self.basis_in).mT).mT
 
-    def natural_gradient(self, rotated: Tensor) -> Tensor:
-        """F⁻¹∇W [..., out, in] in the original basis, from a gradient in the eigenbasis."""
-        scaled = (rotated / self.damped()) @ self.basis_in.mT
-        pieces = scaled.split(self.sizes, dim=-2)
+    def rotate_back(self, rotated: Tensor) -> Tensor:
+        """U_B R U_Aᵀ."""
+        pieces = (rotated @ self.basis_in.mT).split(self.sizes, dim=-2)
         return torch.cat([basis @ piece for piece, basis in zip(pieces, self.basis_out, strict=True)], dim=-2)
+
+    def rotated_gradients(self, gradients: Tensor, inputs: Tensor) -> Tensor:
+        """U_Bᵀ ∇W U_A [B, out, in] of each example, in the order that takes fewer multiplications."""
+        positions, width = inputs.shape[-2:]
+        rotate_first = positions * (width**2 + sum(size**2 for size in self.sizes))
+        rotate_last = width * sum(size * (width + size) for size in self.sizes)
+        if rotate_first <= rotate_last:
+            return self.rotate_out(gradients).mT @ (inputs @ self.basis_in)
+        return self.rotate(gradients.mT @ inputs)
 
     def save(self, path: Path) -> None:
         """Writes one safetensors file."""
@@ -83,95 +148,80 @@ class EKFAC:
             "eigenvalues": self.eigenvalues,
             "damping": torch.tensor([self.damping], dtype=torch.float64),
         }
-        tensors |= {f"basis_out.{index}": basis.contiguous() for index, basis in enumerate(self.basis_out)}
+        tensors |= {f"basis_out.{index}": basis for index, basis in enumerate(self.basis_out)}
         with atomic_path(path) as temporary:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+            contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            save_file(contiguous, temporary, metadata={"names": json.dumps(self.names)})
 
     @staticmethod
     def load(path: Path) -> EKFAC:
-        """Reads what `save` wrote; `ValueError` if the file is missing or damaged."""
+        """Reads what `save` wrote; `ValueError` if the file is missing, damaged or of another kind."""
         try:
-            tensors = load_file(require_file(path, "python -m abu.curvature"))
-        except SafetensorError as error:
-            raise ValueError(f"{path}: expected EK-FAC factors, found a damaged file ({error})") from error
-        count = sum(name.startswith("basis_out.") for name in tensors)
-        basis_out = tuple(tensors[f"basis_out.{index}"] for index in range(count))
-        sizes = tuple(len(basis) for basis in basis_out)
-        return EKFAC(sizes, tensors["basis_in"], basis_out, tensors["eigenvalues"], float(tensors["damping"]))
-
-
-class CovarianceSums:
-    """Running sums of aaᵀ and, per layer, gᵀg over tokens, in float64."""
-
-    def __init__(self, width: int, sizes: tuple[int, ...], device: torch.device) -> None:
-        self.sizes = sizes
-        self.inputs = torch.zeros(width, width, dtype=torch.float64, device=device)
-        self.outputs = [torch.zeros(s, s, dtype=torch.float64, device=device) for s in sizes]
-        self.tokens = 0
-
-    def add(self, gradients: Tensor, tokens: Tensor) -> None:
-        """Adds a batch g [B, T, out], a [B, T, in]; tokens that are padding (a = 0) are not counted."""
-        used = tokens.abs().sum(-1) > 0
-        a, g = tokens[used], gradients[used]
-        self.inputs += (a.mT @ a).double()
-        for total, piece in zip(self.outputs, g.split(self.sizes, dim=-1), strict=True):
-            total += (piece.mT @ piece).double()
-        self.tokens += len(a)
-
-    def bases(self) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """(U_A, U_B of each layer)."""
-        if not self.tokens:
-            raise ValueError("curvature: expected at least one text token, found none")
-        basis_in = eigenbasis(self.inputs / self.tokens, "input covariance")[1]
-        outputs = (eigenbasis(total / self.tokens, f"layer {i}") for i, total in enumerate(self.outputs))
-        return basis_in, tuple(vectors for _, vectors in outputs)
+            with safe_open(require_file(path, "python -m abu.fisher fit"), "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+                metadata = file.metadata() or {}
+            basis_out = tuple(tensors[f"basis_out.{index}"] for index in range(len(tensors) - 3))
+            factors = EKFAC(
+                sizes=tuple(len(basis) for basis in basis_out),
+                eigenvalues=tensors["eigenvalues"],
+                damping=float(tensors["damping"]),
+                names=tuple(json.loads(metadata.get("names", "[]"))),
+                basis_in=tensors["basis_in"],
+                basis_out=basis_out,
+            )
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(f"{path}: expected EK-FAC factors, found a damaged or another file ({error})") from error
+        for name, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"{path}: expected finite numbers, found NaN or infinity in {name}")
+        return factors
 
 
 @dataclass(frozen=True)
-class CurvatureConfig:
-    """What the factors are estimated from."""
+class Curvature:
+    """Factors of all chosen layers."""
 
-    draws: int = 1
-    """Draws of (t, ε) for each training image, from random timesteps."""
-    damping: float = DAMPING
-    seed: int = 0
+    groups: tuple[DiagonalFisher, ...]
+    """One for each set of layers that read the same input."""
+    examples: int
+    """Gradients that S is the mean of."""
 
+    def shared(self) -> DiagonalFisher:
+        """The factors of the only group; `ValueError` if the layers read several inputs."""
+        if len(self.groups) > 1:
+            first, second = (group.names[0] for group in self.groups[:2])
+            raise ValueError(f"curvature: expected layers that read one input, found {first} and {second} do not")
+        return self.groups[0]
 
-def fit_curvature(
-    denoiser: torch.nn.Module,
-    schedule: NoiseSchedule,
-    latents: Tensor,
-    text: Tensor,
-    config: CurvatureConfig,
-    batch_size: int = 64,
-) -> EKFAC:
-    """Two sweeps over the training set (latents [N, c, h, w], token states [N, T, d]) with the same draws.
+    def for_layers(self, layers: Mapping[str, Layer]) -> Curvature:
+        """The same factors in the order of `layers`, and named after them if the file did not name them.
 
-    The first sums the covariances A and B, the second the corrected eigenvalues S of single draws' gradients.
-    """
-    engine = OutputGradients(denoiser)
-    device = next(denoiser.parameters()).device
-    sizes = tuple(engine.sizes)
-    # Every timestep lies in one bin of the full width, so a draw is uniform over all of them.
-    draws = DrawConfig(bins=1, draws=config.draws, antithetic=False, timesteps=len(schedule), seed=config.seed)
+        Raises `ValueError` naming the first difference unless they are the factors of these layers.
+        """
+        place = {name: index for index, name in enumerate(layers)}
+        groups: list[DiagonalFisher] = []
+        for group in self.groups:
+            if not group.names:
+                group.require_fit(layers)
+            names = group.names or tuple(layers)
+            others = [name for name in names if name not in place]
+            if others:
+                raise ValueError(f"curvature: expected factors of {len(place)} layers, found {others[0]} besides")
+            order = sorted(range(len(names)), key=[place[name] for name in names].__getitem__)
+            groups.append(replace(group, names=names).reordered(order))
+            groups[-1].require_fit({name: layers[name] for name in groups[-1].names})
+        found = {name for group in groups for name in group.names}
+        missing = [name for name in layers if name not in found]
+        if missing:
+            raise ValueError(f"curvature: expected factors of {missing[0]}, found none")
+        groups.sort(key=lambda group: place[group.names[0]])
+        return replace(self, groups=tuple(groups))
 
-    def sweep(title: str) -> Iterator[tuple[Tensor, Tensor]]:
-        for start in tqdm(range(0, len(latents), batch_size), desc=title, unit="batch"):
-            ids = list(range(start, min(start + batch_size, len(latents))))
-            x, tokens = latents[ids].to(device), text[ids].to(device)
-            for index in range(config.draws):
-                timesteps, noise = draw(draws, "curvature", ids, 0, 0, index, tuple(x.shape[1:]))
-                timesteps, noise = timesteps.to(device), noise.to(x)
-                yield engine(*schedule.noised(x, noise, timesteps), timesteps, tokens)[0], tokens
-
-    sums = CovarianceSums(text.shape[-1], sizes, device)
-    for gradients, tokens in sweep("covariance"):
-        sums.add(gradients, tokens)
-    basis_in, basis_out = sums.bases()
-    total = torch.zeros(sum(sizes), text.shape[-1], dtype=torch.float64, device=device)
-    rotation = EKFAC(sizes, basis_in, basis_out, total, config.damping).to(text.dtype)
-    count = 0
-    for gradients, tokens in sweep("eigenvalues"):
-        total += rotation.rotated_gradients(gradients, tokens).square().sum(0)
-        count += len(gradients)
-    return EKFAC(sizes, basis_in, basis_out, total / count, config.damping).to(text.dtype)
+    def natural_gradients(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Name -> F⁻¹∇W [..., out, in], from weight gradients of every layer by name."""
+        result: dict[str, Tensor] = {}
+        for group in self.groups:
+            gradient = torch.cat([gradients[name] for name in group.names], dim=-2)
+            natural = group.natural_gradient(group.rotate(gradient)).split(group.sizes, dim=-2)
+            result |= dict(zip(group.names, natural, strict=True))
+        return result

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from abu.amortised import Examples
-from abu.curvature import EKFAC
+from abu.curvature import DiagonalFisher
 from abu.diffusion_loss import NoiseSchedule, example_losses
 from abu.draws import DrawConfig
 from abu.keyvalue import OutputGradients, key_value_layers
+from abu.layers import add_to_weights
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,16 @@ class UnlearnConfig:
 
 
 def query_gradient(
-    model: nn.Module, schedule: NoiseSchedule, curvature: EKFAC, query: Examples, draws: DrawConfig, runs: int = 1
+    model: nn.Module,
+    schedule: NoiseSchedule,
+    curvature: DiagonalFisher,
+    query: Examples,
+    draws: DrawConfig,
+    runs: int = 1,
 ) -> Tensor:
     """U_Bᵀ ∇𝓛(ẑ, θ0) U_A [out, in] of one query, averaged over all bins, draws and runs."""
     engine = OutputGradients(model)
+    curvature.require_fit(engine.layers)
     total = torch.zeros_like(curvature.eigenvalues)
     for run in range(runs):
         for timesteps, noise in all_draws(draws, query, run):
@@ -53,14 +60,12 @@ def all_draws(config: DrawConfig, examples: Examples, run: int) -> Iterator[tupl
         yield from examples.draws(config, run, bin_index)
 
 
-def unlearn(model: nn.Module, curvature: EKFAC, gradient: Tensor, step: float, images: int) -> nn.Module:
+def unlearn(model: nn.Module, curvature: DiagonalFisher, gradient: Tensor, step: float, images: int) -> nn.Module:
     """A copy of `model` at θ_{−ẑ}; `gradient` [out, in] in the eigenbasis, `images` is N."""
     moved = copy.deepcopy(model)
     delta = curvature.natural_gradient(gradient) * (step / images)
-    with torch.no_grad():
-        layers = key_value_layers(moved).values()
-        for layer, change in zip(layers, delta.split(curvature.sizes), strict=True):
-            layer.weight += change.to(layer.weight)
+    for layer, change in zip(key_value_layers(moved).values(), delta.split(curvature.sizes), strict=True):
+        add_to_weights(layer, change)
     return moved
 
 

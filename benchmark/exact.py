@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from abu.amortised import Examples
-from abu.curvature import EKFAC
+from abu.curvature import EKFAC, DiagonalFisher
 from abu.diffusion_loss import NoiseSchedule
 from abu.draws import DrawConfig
 from abu.influence import all_draws, mean_losses, query_gradient, unlearn
@@ -59,7 +59,7 @@ class ExactConfig:
 def first_order(
     model: nn.Module,
     schedule: NoiseSchedule,
-    curvature: EKFAC,
+    curvature: DiagonalFisher,
     gradients: Tensor,
     examples: Examples,
     draws: DrawConfig,
@@ -73,7 +73,9 @@ def first_order(
     return total / (draws.bins * draws.draws)
 
 
-def collect(source: SourceModel, curvature: EKFAC, testbed: Testbed, folder: Path, config: ExactConfig) -> None:
+def collect(
+    source: SourceModel, curvature: DiagonalFisher, testbed: Testbed, folder: Path, config: ExactConfig
+) -> None:
     """Writes a piece for every shard of training images: before [B], after [steps, Q, B], amortised [Q, B]."""
     device, schedule = source.device, source.schedule
     examples, queries = testbed.training_examples(device), testbed.query_examples("test", device)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_teacher import tiny_teacher
 
-from abu.curvature import EKFAC, CovarianceSums, eigenbasis
+from abu.curvature import EKFAC, eigenbasis
 from abu.draws import DrawConfig, draw
+from abu.fisher import CovarianceSums
 from abu.keyvalue import OutputGradients
 
 
@@ -84,6 +88,29 @@ def test_a_truncated_file_is_named(tmp_path):
         EKFAC.load(path)
 
 
+def test_factors_that_are_not_finite_are_refused(tmp_path):
+    factors = tiny_teacher(8).curvature()
+    replace(factors, eigenvalues=factors.eigenvalues / 0).save(tmp_path / "ekfac.safetensors")
+    with pytest.raises(ValueError, match=r"ekfac\.safetensors: .*NaN or infinity in eigenvalues"):
+        EKFAC.load(tmp_path / "ekfac.safetensors")
+
+
+def test_weights_of_another_kind_are_no_factors(tmp_path):
+    save_file({"weight": torch.ones(2)}, tmp_path / "denoiser.safetensors")
+    with pytest.raises(ValueError, match=r"denoiser\.safetensors: expected EK-FAC factors"):
+        EKFAC.load(tmp_path / "denoiser.safetensors")
+
+
+@pytest.mark.parametrize("positions", [1, 100])
+def test_both_orders_of_rotation_give_the_same(positions):
+    factors = tiny_teacher(8).curvature()
+    generator = torch.Generator().manual_seed(0)
+    g = torch.randn(2, positions, sum(factors.sizes), dtype=torch.float64, generator=generator)
+    a = torch.randn(2, positions, len(factors.basis_in), dtype=torch.float64, generator=generator)
+    torch.testing.assert_close(factors.rotated_gradients(g, a), factors.rotate(g.mT @ a))
+    torch.testing.assert_close(factors.rotate_back(factors.rotate(g.mT @ a)), g.mT @ a)
+
+
 def test_a_covariance_that_is_not_finite_is_refused():
     with pytest.raises(ValueError, match="layer 3: expected a finite covariance"):
         eigenbasis(torch.tensor([[1.0, float("nan")], [float("nan"), 1.0]]), "layer 3")
@@ -93,5 +120,5 @@ def test_padding_is_not_counted():
     sums = CovarianceSums(2, (1,), torch.device("cpu"))
     tokens = torch.tensor([[[1.0, 0.0], [0.0, 0.0]]])
     sums.add(torch.tensor([[[2.0], [5.0]]]), tokens)
-    assert sums.tokens == 1
+    assert sums.positions == 1
     assert sums.outputs[0].item() == 4

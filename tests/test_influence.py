@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from scipy.stats import spearmanr
@@ -10,6 +12,7 @@ from tiny_teacher import tiny_teacher
 from abu.amortised import Examples, GradientEngine, QueryMatrix, Sketch, score_block
 from abu.diffusion_loss import example_losses
 from abu.draws import DrawConfig, draw
+from abu.fisher import CurvatureConfig, fit_curvature
 from abu.influence import mean_losses, query_gradient, unlearn
 
 DRAWS = DrawConfig(bins=2, draws=2)
@@ -51,6 +54,23 @@ def test_amortised_is_the_small_step_limit_of_exact(tiny, curvature):
     assert ratio.mean() > 0
     # a step that is no small perturbation leaves the limit, so the agreement above says something
     assert (large / plain.double()).std() > 10 * ratio.std()
+
+
+def test_the_diagonal_fisher_takes_the_same_place(tiny):
+    config = CurvatureConfig(kind="diagonal")
+    training = tiny.training
+    diagonal = fit_curvature(tiny.denoiser, tiny.schedule, training.latents, training.text, config).shared()
+    plain, _ = amortised(tiny, diagonal, diagonal.eigenvalues.numel())
+    assert spearmanr(plain, exact(tiny, diagonal, 1e-6)).statistic > 0.999
+
+
+def test_factors_of_another_model_are_refused(tiny, curvature):
+    wide = Sketch.of(curvature, 48)
+    other = replace(curvature, names=("a", *curvature.names[1:]))
+    with pytest.raises(ValueError, match=r"expected factors of down_blocks.*, found a \(16, 6\)"):
+        GradientEngine(tiny.denoiser, tiny.schedule, other, wide)
+    with pytest.raises(ValueError, match="expected factors of 14 layers, found 13"):
+        query_gradient(tiny.denoiser, tiny.schedule, replace(curvature, sizes=(16,) * 13), tiny.query, DRAWS)
 
 
 def test_unlearning_raises_the_loss_of_the_query_itself(tiny, curvature):

@@ -37,5 +37,5 @@ def test_layers_are_the_cross_attention_projections_only():
 
 
 def test_a_model_without_such_layers_is_refused():
-    with pytest.raises(ValueError, match=r"attn2\.to_k.*found none in Sequential"):
+    with pytest.raises(ValueError, match=r"'cross-attn-kv' \(attn2.*found none in Sequential"):
         key_value_layers(nn.Sequential(nn.Linear(2, 2)))

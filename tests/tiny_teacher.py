@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from abu.amortised import Examples
-from abu.curvature import EKFAC, CurvatureConfig, fit_curvature
+from abu.curvature import EKFAC
 from abu.diffusion_loss import NoiseSchedule
+from abu.fisher import CurvatureConfig, fit_curvature
 from abu.models import DiffusionConfig, build_denoiser, noise_schedule
 
 
@@ -24,14 +25,16 @@ class TinyTeacher:
 
     def curvature(self) -> EKFAC:
         """EK-FAC factors from one draw of every training image."""
-        return fit_curvature(
+        curvature = fit_curvature(
             self.denoiser,
             self.schedule,
             self.training.latents,
             self.training.text,
             CurvatureConfig(draws=1),
             batch_size=8,
-        )
+        ).shared()
+        assert isinstance(curvature, EKFAC)
+        return curvature
 
 
 def tiny_teacher(images: int = 24, seed: int = 0, prediction: str = "v_prediction") -> TinyTeacher:
