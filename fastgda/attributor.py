@@ -64,10 +64,14 @@ class Attributor:
 
     @classmethod
     def build(cls, features: np.ndarray, embedder: Embedder) -> Attributor:
-        """Embeds and indexes the features [N, D] of the training images; row = id."""
-        if len(features) == 0:
+        """Embeds and indexes the features [N, D] of the training images; row = id.
+
+        A row of zeros stands for a picture that could not be read. It is left out: a ranker would embed it somewhere.
+        """
+        ids = np.flatnonzero(np.any(features, axis=1))
+        if len(ids) == 0:
             raise ValueError("features: expected at least one training image, found none")
-        return cls(embedder, FlatIndex.build(embedder.embed(features).cpu().numpy()))
+        return cls(embedder, FlatIndex.build(embedder.embed(features[ids]).cpu().numpy(), ids))
 
     def attribute(self, features: np.ndarray, k: int, encode_seconds: float = 0.0) -> Attribution:
         """The `k` most influential training images for the features [D] of one query.

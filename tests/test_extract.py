@@ -11,7 +11,7 @@ import torch
 from small_world import rows, write_data, write_table
 
 from fastgda.core import read_manifest, verify_artifact
-from feature_extraction import extract as module
+from feature_extraction import extraction as module
 from feature_extraction.encoders import Pixel, load_encoder
 from feature_extraction.extract import main
 from feature_extraction.readers import read_split
@@ -106,7 +106,7 @@ def test_features_of_another_encoder_are_removed(data: Path, monkeypatch: pytest
     run(data)
     folder = data / "feats" / "pixel"
     changed = {"ftype": "pixel", "parts": {"pixel": {"dim": 768, "pixels": 17}}}
-    monkeypatch.setattr(module, "identity", lambda ftype, weights: changed)
+    monkeypatch.setattr(module, "identity", lambda *_: changed)
     assert run(data, "--splits", "data") == 0
     assert files_in(folder) == ["data_feats.npy", "manifest.json"]
     assert read_manifest(folder)["config"] == changed

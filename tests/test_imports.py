@@ -29,6 +29,8 @@ ONE_IMPORTER = {
     "diffusers": "abu/models.py",
     "gradio": "demo.py",
     "ray": "abu/cluster.py",
+    "open_clip": "feature_extraction/clip.py",
+    "timm": "feature_extraction/vit.py",
     "wandb": "fastgda/tracking.py",
 }
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
