@@ -13,17 +13,14 @@ import numpy as np
 from torch import Tensor, from_numpy
 
 from fastgda.dataset import normalise
-from fastgda.index import FlatIndex
+from fastgda.index import Embedder, FlatIndex, Neighbours
 
 
-class Embedder(Protocol):
-    """What scores by an inner product: `embed_queries(q) @ embed(z).T`, higher = more influential. See `Ranker`."""
+class Searchable(Protocol):
+    """An index: `FlatIndex` in memory, or `Index` on disk."""
 
-    def embed(self, features: np.ndarray) -> Tensor:
-        """[N, D] features of training images -> [N, E]."""
-
-    def embed_queries(self, features: np.ndarray) -> Tensor:
-        """[Q, D] features of queries -> [Q, E]."""
+    def search(self, queries: np.ndarray, k: int) -> Neighbours:
+        """The `k` training images of the highest inner product with each of `queries` [Q, E]."""
 
 
 class Untuned:
@@ -57,7 +54,7 @@ class Attribution:
 class Attributor:
     """An embedder and the index of the training set under it. Safe to use from several threads at once."""
 
-    def __init__(self, embedder: Embedder, index: FlatIndex) -> None:
+    def __init__(self, embedder: Embedder, index: Searchable) -> None:
         """`embedder` must be the one that made the index."""
         self.embedder = embedder
         self.index = index

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from fastgda.attributor import Attributor, Untuned
+from fastgda.index import Index, SegmentConfig, Source
 from fastgda.ranker import Ranker, RankerConfig
 
 
@@ -33,6 +35,15 @@ def test_order_is_that_of_the_modelled_rank(rng: np.random.Generator, scale: flo
     assert np.array_equal(found.ids, np.argsort(modelled))
     assert (np.diff(found.scores) <= 0).all()
     assert found.ids.dtype == np.int64
+
+
+def test_an_index_on_disk_attributes_as_one_in_memory(tmp_path: Path, rng: np.random.Generator) -> None:
+    features, ranker = rng.normal(size=(60, 12)).astype(np.float32), make_ranker(4.0)
+    source = Source([features], embed=lambda rows: ranker.embed(rows).numpy())
+    index = Index.create(tmp_path / "index", source, SegmentConfig("SQfp16"), ranker="test", command="test")
+    expected = Attributor.build(features, ranker).attribute(features[3], 10)
+    found = Attributor(ranker, index).attribute(features[3], 10)
+    assert np.array_equal(found.ids, expected.ids) and np.allclose(found.scores, expected.scores, atol=1e-6)
 
 
 def test_untuned_scores_are_cosines(rng: np.random.Generator) -> None:

@@ -25,7 +25,7 @@ ALLOWED = {
     **{command: {*PACKAGES, *COMMANDS} for command in COMMANDS},
 }
 ONE_IMPORTER = {
-    "faiss": "fastgda/index.py",
+    "faiss": "fastgda/index/backend.py",
     "diffusers": "abu/models.py",
     "gradio": "demo.py",
     "ray": "abu/cluster.py",

@@ -1,15 +1,26 @@
-"""The exact index against plain numpy, and its file against damage."""
+"""The index against plain numpy and against flat search, its estimates against its files, its files against damage."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import torch
+from index_world import IDS, N, build, creator, exhaustive, metadata, queries, vectors
 
-from fastgda.core import manifest_path
-from fastgda.index import FlatIndex
+from fastgda.core import save_npy
+from fastgda.index import FlatIndex, Index, SegmentConfig, Settings, Source, load_embedding, recommend
+from fastgda.index.backend import Structure
+from fastgda.index.metadata import ROW_GROUP, MetadataTable, write_metadata
+from fastgda.index.plan import estimate
+from fastgda.index.segment import INDEX, VECTORS, training_rows
+from fastgda.ranker import Ranker, RankerConfig, save_ranker
 
 
 @pytest.mark.parametrize("k", [1, 7, 50])
@@ -38,38 +49,6 @@ def test_threads_get_the_same_answers(rng: np.random.Generator) -> None:
     assert np.array_equal(np.stack(found), expected)
 
 
-def test_saved_index_answers_the_same(tmp_path: Path, rng: np.random.Generator) -> None:
-    data = rng.normal(size=(30, 5)).astype(np.float32)
-    index = FlatIndex.build(data, np.arange(100, 130))
-    index.save(tmp_path / "x.index", command="test")
-    loaded = FlatIndex.load(tmp_path / "x.index")
-    assert (len(loaded), loaded.dim) == (30, 5)
-    before, after = index.search(data, 30), loaded.search(data, 30)
-    assert np.array_equal(before.ids, after.ids) and np.array_equal(before.scores, after.scores)
-
-
-def test_damaged_missing_and_unknown_files_are_refused(tmp_path: Path, rng: np.random.Generator) -> None:
-    path = tmp_path / "x.index"
-    with pytest.raises(ValueError, match=r"x\.index: expected a file"):
-        FlatIndex.load(path)
-    FlatIndex.build(rng.normal(size=(30, 5))).save(path, command="test")
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-20])
-    with pytest.raises(ValueError, match="expected SHA-256"):
-        FlatIndex.load(path)
-    path.write_bytes(whole)
-    manifest_path(path).unlink()
-    with pytest.raises(ValueError, match=r"x\.index\.manifest\.json: expected a file"):
-        FlatIndex.load(path)
-
-
-def test_full_disk_leaves_nothing(tmp_path: Path, rng: np.random.Generator, disk_limit, files_in) -> None:
-    index = FlatIndex.build(rng.normal(size=(4000, 64)))
-    with disk_limit(100_000), pytest.raises(OSError):
-        index.save(tmp_path / "x.index", command="test")
-    assert files_in(tmp_path) == []
-
-
 @pytest.mark.parametrize(
     ("call", "complaint"),
     [
@@ -85,3 +64,248 @@ def test_full_disk_leaves_nothing(tmp_path: Path, rng: np.random.Generator, disk
 def test_wrong_arguments_are_refused(call, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         call()
+
+
+@pytest.mark.parametrize(
+    ("factory", "on_disk", "shards"),
+    [
+        *(("Flat", False, shards) for shards in (1, 3)),
+        *(("SQ8", False, shards) for shards in (1, 2)),
+        ("SQfp16", False, 1),
+        ("PCA8,SQ8", False, 1),
+        ("HNSW16", False, 1),
+        *(("IVF8,PQ4x4", on_disk, shards) for on_disk in (False, True) for shards in (1, 3)),
+        ("IVF8,PQ4x4fs", False, 1),
+        ("IVF8_HNSW4,SQ8", True, 2),
+    ],
+)
+def test_thorough_search_equals_flat_search(tmp_path: Path, factory: str, on_disk: bool, shards: int) -> None:
+    """Whatever the structure, its candidates are re-ranked exactly, so visiting everything finds the same."""
+    index = build(tmp_path / "index", SegmentConfig(factory, on_disk=on_disk, shards=shards))
+    expected = FlatIndex.build(vectors(), IDS).search(queries(), 10)
+    for opened in (index, Index(tmp_path / "index")):
+        found = opened.search(queries(), 10, exhaustive())
+        assert np.array_equal(found.ids, expected.ids)
+        assert np.allclose(found.scores, expected.scores, atol=1e-5)
+    assert not list((tmp_path / "index").rglob("shard_*")), "shards are deleted once they are merged"
+
+
+def test_exact_scan_equals_flat_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastgda.index.snapshot.BLOCK", 37)
+    index = build(tmp_path / "index", SegmentConfig("IVF8,PQ4x4"))
+    expected = FlatIndex.build(vectors(), IDS).search(queries(), 5)
+    found = index.snapshot().exact(queries(), 5)
+    assert np.array_equal(found.ids, expected.ids) and np.allclose(found.scores, expected.scores, atol=1e-6)
+
+
+def test_results_do_not_depend_on_shards_files_or_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the search is approximate: the training vectors are chosen by id."""
+    settings = Settings(nprobe=2, depth=20, k=10)
+    config = SegmentConfig("IVF8,PQ4x4", "float16")
+    expected = build(tmp_path / "whole", config).search(queries(), 10, settings)
+    parts = np.array_split(np.arange(N), 4)
+    monkeypatch.setattr("fastgda.index.source.BLOCK", 30)
+    for name, order, shards in (("files", (0, 1, 2, 3), 3), ("order", (2, 0, 3, 1), 2)):
+        rows = np.concatenate([parts[place] for place in order])
+        source = Source([vectors()[parts[place]] for place in order], IDS[rows])
+        sharded = SegmentConfig("IVF8,PQ4x4", "float16", shards=shards)
+        found = Index.create(tmp_path / name, source, sharded, ranker="none", command="test")
+        again = found.search(queries(), 10, settings)
+        assert np.array_equal(again.ids, expected.ids) and np.array_equal(again.scores, expected.scores)
+    assert (expected.ids != FlatIndex.build(vectors(), IDS).search(queries(), 10).ids).any(), "it is approximate"
+
+
+def test_training_rows_follow_ids(rng: np.random.Generator) -> None:
+    order = rng.permutation(N)
+    chosen = IDS[training_rows(IDS, 50, 0)]
+    assert np.array_equal(chosen, IDS[order][training_rows(IDS[order], 50, 0)])
+    assert len(set(chosen)) == 50
+    assert set(chosen) != set(IDS[training_rows(IDS, 50, 1)])
+
+
+def test_files_are_embedded_by_the_ranker(tmp_path: Path, rng: np.random.Generator) -> None:
+    features = rng.normal(size=(90, 12)).astype(np.float32)
+    torch.manual_seed(0)
+    ranker = Ranker(RankerConfig(in_dim=12, hidden_sizes=(8,), out_feat_dim=6), init_scale=5.0).eval()
+    save_ranker(tmp_path / "ranker.pth", ranker)
+    files = [tmp_path / "a.npy", tmp_path / "b.npy"]
+    for path, part in zip(files, np.split(features, [40]), strict=True):
+        save_npy(path, part)
+    embed, embed_queries, name = load_embedding(tmp_path / "ranker.pth", unit=False)
+    index = Index.create(
+        tmp_path / "index", Source.from_files(files, embed=embed), SegmentConfig(), ranker=name, command="test"
+    )
+    scores = (ranker.embed_queries(features[:3]) @ ranker.embed(features).T).numpy()
+    assert np.array_equal(index.search(embed_queries(features[:3]), 90).ids, np.argsort(-scores, axis=1))
+    Index(tmp_path / "index", ranker=name)
+    with pytest.raises(ValueError, match=rf"expected an index of the ranker cosine, found one of {name[:12]}"):
+        Index(tmp_path / "index", ranker="cosine")
+
+
+class Failing:
+    """Rows that fail at one row and refuse to be read before another."""
+
+    def __init__(self, fail_at: int = N, first: int = 0) -> None:
+        self.fail_at, self.first = fail_at, first
+        self.shape = vectors().shape
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        if isinstance(rows, slice) and (rows.start > 0 or rows.stop > 1):
+            assert rows.start >= self.first, "a whole shard is not built again"
+            if rows.stop > self.fail_at:
+                raise KeyboardInterrupt
+        return vectors()[rows]
+
+
+def test_interrupted_build_goes_on_at_the_next_shard(tmp_path: Path) -> None:
+    config = SegmentConfig("IVF8,SQ8", shards=4)
+    with pytest.raises(KeyboardInterrupt):
+        Index.create(tmp_path / "x", Source([Failing(N // 2 + 5)], IDS), config, ranker="none", command="test")
+    with pytest.raises(ValueError, match=r"expected an index, found no manifest\.json"):
+        Index(tmp_path / "x")
+    index = Index.create(tmp_path / "x", Source([Failing(first=N // 2)], IDS), config, ranker="none", command="test")
+    expected = FlatIndex.build(vectors(), IDS).search(queries(), 10)
+    assert np.array_equal(index.search(queries(), 10, exhaustive()).ids, expected.ids)
+    with pytest.raises(ValueError, match="expected no index there, found one"):
+        Index.create(tmp_path / "x", Source([vectors()], IDS), config, ranker="none", command="test")
+
+
+def test_metadata_is_found_by_id(tmp_path: Path) -> None:
+    index = build(tmp_path / "index", SegmentConfig())
+    found = index.metadata(np.array([IDS[7], 1, IDS[0]]))
+    assert found[0] == {"id": IDS[7], "caption": "picture 7", "creator": creator(7), "path": "7.png"}
+    assert found[1] is None
+    assert found[2] is not None and found[2]["caption"] == "picture 0"
+
+
+def test_metadata_reads_the_row_groups_it_needs(tmp_path: Path) -> None:
+    """Pieces of odd sizes come out in groups of one size, and a row's group is read once."""
+    rows = 2 * ROW_GROUP + 100
+    names = [f"a{row}" for row in range(rows)]
+
+    def pieces() -> Iterator[pa.Table]:
+        for start in range(0, rows, 700):
+            part = names[start : start + 700]
+            empty = pa.nulls(len(part), pa.string())
+            yield pa.table({"caption": part, "creator": part, "licence": empty, "path": empty, "url": empty})
+
+    path = tmp_path / "m.parquet"
+    write_metadata(path, np.arange(rows) * 3, pieces())
+    table = MetadataTable(path)
+    for row in (0, 1, ROW_GROUP - 1, rows - 1):
+        assert table.row(row) == {"id": 3 * row, "caption": names[row], "creator": names[row]}
+    assert table._group.cache_info().misses == 2  # type: ignore[attr-defined]
+    assert table.rows_of_creator("a1500").tolist() == [1500]
+    with pytest.raises(ValueError, match=f"expected {rows - 1} rows, as many as vectors, found more"):
+        write_metadata(path, np.arange(rows - 1), pieces())
+
+
+@pytest.mark.parametrize("file", ["index.faiss", "vectors.npy", "ids.npy", "order.npy", "metadata.parquet"])
+def test_damaged_segment_files_are_refused(tmp_path: Path, file: str) -> None:
+    build(tmp_path / "index", SegmentConfig("SQ8"))
+    path = tmp_path / "index" / "segments" / "000000" / file
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
+    with pytest.raises(ValueError, match=rf"{file}: expected \d+ bytes, found"):
+        Index(tmp_path / "index", verify=False)
+    path.write_bytes(whole[:-9] + bytes(9))
+    with pytest.raises(ValueError, match=rf"{file}: expected SHA-256"):
+        Index(tmp_path / "index")
+    path.unlink()
+    with pytest.raises(ValueError, match=rf"{file}: expected a file, found nothing"):
+        Index(tmp_path / "index", verify=False)
+
+
+def test_parts_of_another_index_are_refused(tmp_path: Path) -> None:
+    build(tmp_path / "a", SegmentConfig("SQ8"))
+    build(tmp_path / "b", SegmentConfig("Flat"))
+    for part in ("segments", "journal.jsonl", "manifest.json"):
+        shutil.copytree(tmp_path / "a", tmp_path / "mixed")
+        target = tmp_path / "mixed" / part
+        if target.is_dir():
+            shutil.rmtree(target)
+            shutil.copytree(tmp_path / "b" / part, target)
+        else:
+            shutil.copyfile(tmp_path / "b" / part, target)
+        with pytest.raises(ValueError, match=r"mixed.*expected"):
+            Index(tmp_path / "mixed")
+        shutil.rmtree(tmp_path / "mixed")
+
+
+def test_sources_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
+    save_npy(tmp_path / "a.npy", vectors())
+    save_npy(tmp_path / "narrow.npy", vectors()[:, :3])
+    pq.write_table(metadata().slice(1), tmp_path / "short.parquet")
+    pq.write_table(metadata(), tmp_path / "m.parquet")
+    with pytest.raises(ValueError, match=rf"short\.parquet: expected {N} rows, as many as vectors, found {N - 1}"):
+        Source.from_files([tmp_path / "a.npy"], [tmp_path / "short.parquet"])
+    with pytest.raises(ValueError, match="expected files of one width"):
+        Source.from_files([tmp_path / "a.npy", tmp_path / "narrow.npy"])
+    (tmp_path / "m.parquet").write_bytes((tmp_path / "m.parquet").read_bytes()[:-30])
+    with pytest.raises(ValueError, match=r"m\.parquet: expected a whole Parquet file"):
+        Source.from_files([tmp_path / "a.npy"], [tmp_path / "m.parquet"])
+    broken = vectors().copy()
+    broken[50, 2] = np.nan
+    with pytest.raises(ValueError, match="vectors from row 0: expected finite"):
+        Index.create(tmp_path / "x", Source([broken], IDS), SegmentConfig(), ranker="none", command="test")
+
+
+def test_full_disk_leaves_no_index(tmp_path: Path, disk_limit) -> None:
+    with disk_limit(10_000), pytest.raises(OSError):
+        build(tmp_path / "index", SegmentConfig("SQ8"))
+    assert not (tmp_path / "index" / "manifest.json").exists()
+    build(tmp_path / "index", SegmentConfig("SQ8"))
+
+
+@pytest.mark.parametrize(
+    ("factory", "complaint"),
+    [
+        ("IDMap,Flat", "expected no IDMap"),
+        ("IVF8,PQ4x4,RFlat", "expected no RFlat"),
+        ("Nonsense", "expected a FAISS factory string"),
+        ("LSH", "expected a FAISS factory string"),
+    ],
+)
+def test_unusable_factories_are_refused(factory: str, complaint: str) -> None:
+    with pytest.raises(ValueError, match=f"factory {factory}: .*{complaint}"):
+        Structure.create(factory, 16)
+
+
+def test_too_few_images_and_unmergeable_shards_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"training on {N} vectors: expected enough of them"):
+        build(tmp_path / "a", SegmentConfig("IVF1024,Flat"))
+    with pytest.raises(ValueError, match="on_disk: expected a factory with plain inverted lists"):
+        build(tmp_path / "b", SegmentConfig("SQ8", on_disk=True))
+    with pytest.raises(ValueError, match="shards: expected a factory that can be merged"):
+        build(tmp_path / "c", SegmentConfig("HNSW8", shards=2))
+
+
+@pytest.mark.parametrize(
+    ("images", "gigabytes", "factory", "on_disk"),
+    [
+        (14_297, 4, "Flat", False),
+        (1_000_000, 4, "Flat", False),
+        (1_000_000, 2, "SQfp16", False),
+        (1_000_000, 1, "SQ8", False),
+        (1_000_000, 0.2, "OPQ64_256,IVF4096,PQ64", False),
+        (10_000_000, 1.5, "OPQ64_256,IVF16384,PQ64", False),
+        (10_000_000, 0.2, "OPQ64_256,IVF16384,PQ64", True),
+        (400_000_000, 16, "OPQ64_256,IVF65536_HNSW32,PQ64", True),
+    ],
+)
+def test_recommendation(images: int, gigabytes: float, factory: str, on_disk: bool) -> None:
+    advice = recommend(images, 768, gigabytes * 1e9)
+    assert (advice.config.factory, advice.config.on_disk) == (factory, on_disk)
+    assert advice.reasons
+    assert Structure.create(factory.replace("65536", "256"), 768).dim == 768
+
+
+@pytest.mark.parametrize("factory", ["Flat", "SQ8", "IVF8,SQ8", "HNSW16"])
+def test_estimate_is_what_the_files_weigh(tmp_path: Path, factory: str) -> None:
+    config = SegmentConfig(factory, "float16")
+    build(tmp_path / "index", config)
+    cost = estimate(config, N, vectors().shape[1], flops=1e9)
+    folder = tmp_path / "index" / "segments" / "000000"
+    searched, stored = ((folder / name).stat().st_size for name in (INDEX, VECTORS))
+    assert cost.bytes_per_vector * N == pytest.approx(searched, rel=0.15)
+    assert searched + stored < 1.15 * cost.disk

@@ -1,0 +1,247 @@
+"""FAISS behind a small interface; the only module that imports it.
+
+Embeddings are calibrated: a higher inner product of query and training embedding means more influential, so retrieval
+is a maximum-inner-product search. Inside a `Structure` a vector is known by its row 0, 1, 2, ...; ids are kept outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+try:
+    import faiss
+    from faiss.contrib.ondisk import merge_ondisk
+except ImportError as error:
+    raise ImportError("faiss is not installed; pip install 'fastgda[cpu]' or 'fastgda[gpu]'") from error
+
+EXACT = "Flat"
+"""Factory string whose scores are the inner products themselves, so that nothing is re-ranked."""
+LISTS_FILE = "lists.ivfdata"
+TRAINING_FLOOR = 65_536
+"""Training vectors for 256-entry codebooks: as many as FAISS would use at most."""
+WIDEST_GRAPH = 4096
+"""Largest efSearch: beyond it a scan is as good."""
+TRAINING_PER_LIST = 64
+"""Training vectors per inverted list; FAISS warns below 39 and drops what exceeds 256."""
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """The result of a search."""
+
+    ids: np.ndarray
+    """[Q, k] int64 training ids, most influential first."""
+    scores: np.ndarray
+    """[Q, k] float32 inner products, descending."""
+
+
+class FlatIndex:
+    """Exact inner-product search in memory. Searching from several threads at once is safe; adding is not offered."""
+
+    def __init__(self, index: faiss.Index) -> None:
+        self._index = index
+
+    @classmethod
+    def build(cls, embeddings: np.ndarray, ids: np.ndarray | None = None) -> FlatIndex:
+        """An index of embeddings [N, D] under int64 `ids` [N], by default 0..N-1."""
+        vectors = as_vectors("embeddings", embeddings)
+        labels = as_ids("ids", np.arange(len(vectors)) if ids is None else ids, len(vectors))
+        index = faiss.IndexIDMap2(faiss.IndexFlatIP(vectors.shape[1]))
+        index.add_with_ids(vectors, labels)
+        return cls(index)
+
+    @property
+    def dim(self) -> int:
+        """Width D of an embedding."""
+        return self._index.d
+
+    def __len__(self) -> int:
+        return self._index.ntotal
+
+    def search(self, queries: np.ndarray, k: int) -> Neighbours:
+        """The `k` training images of the highest inner product with each of `queries` [Q, D]."""
+        vectors = as_vectors("queries", queries, self.dim)
+        check_k(k, len(self))
+        scores, ids = self._index.search(vectors, k)
+        return Neighbours(ids.astype(np.int64, copy=False), scores)
+
+
+class Structure:
+    """A FAISS index of any factory string, over rows. Searching from several threads at once is safe."""
+
+    def __init__(self, index: faiss.Index) -> None:
+        self._index = index
+        self._ivf = faiss.try_extract_index_ivf(index)
+
+    @classmethod
+    def create(cls, factory: str, dim: int) -> Structure:
+        """An empty, untrained index; `ValueError` unless `factory` allows inner products and leaves ids to us."""
+        for part, why in (("IDMap", "ids are kept beside the index"), ("Refine", RERANKS), ("RFlat", RERANKS)):
+            if part in factory:
+                raise ValueError(f"factory {factory}: expected no {part}, because {why}")
+        try:
+            index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+        except RuntimeError as error:
+            raise ValueError(
+                f"factory {factory}: expected a FAISS factory string for {dim} dimensions, found: {_reason(error)}"
+            ) from error
+        return cls(index)
+
+    @property
+    def dim(self) -> int:
+        """Width D of a vector."""
+        return self._index.d
+
+    @property
+    def rows(self) -> int:
+        """Number of vectors."""
+        return self._index.ntotal
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether vectors can be added: at once for Flat, else after `train`."""
+        return self._index.is_trained
+
+    @property
+    def lists(self) -> int:
+        """Number of inverted lists; 0 where there are none."""
+        return 0 if self._ivf is None else self._ivf.nlist
+
+    @property
+    def widest(self) -> int:
+        """The largest useful nprobe (inverted lists) or efSearch (graph); 0 where all rows are scanned."""
+        return self.lists or (min(self.rows, WIDEST_GRAPH) if _parameters(self._index, 1) is not None else 0)
+
+    def code_bytes(self) -> int:
+        """Bytes of one vector in memory: its code, and its row number in an inverted list or its links in a graph."""
+        index = faiss.downcast_index(self._index)
+        if isinstance(index, faiss.IndexPreTransform):
+            index = faiss.downcast_index(index.index)
+        if self._ivf is not None:
+            return self._ivf.code_size + 8
+        if isinstance(index, faiss.IndexHNSW):
+            return faiss.downcast_index(index.storage).sa_code_size() + 4 * index.hnsw.nb_neighbors(0) + 12
+        return index.sa_code_size()
+
+    def fixed_bytes(self) -> int:
+        """Bytes of the coarse quantiser."""
+        return 0 if self._ivf is None else 4 * self._ivf.nlist * self._ivf.d
+
+    def coarse_flops(self, sample: int) -> float:
+        """Multiplications and additions of training the coarse quantiser on `sample` vectors (10 rounds of k-means)."""
+        return 0.0 if self._ivf is None else 2.0 * 10 * sample * self._ivf.nlist * self._ivf.d
+
+    def training_size(self, images: int) -> int:
+        """Vectors to train on, of `images`; 0 where nothing is trained."""
+        return 0 if self.is_trained else min(images, max(TRAINING_FLOOR, TRAINING_PER_LIST * self.lists))
+
+    def train(self, sample: np.ndarray) -> None:
+        """Trains on `sample` [n, D]; the same sample in the same order gives the same structure."""
+        try:
+            self._index.train(sample)
+        except RuntimeError as error:
+            raise ValueError(
+                f"training on {len(sample)} vectors: expected enough of them, found: {_reason(error)}"
+            ) from error
+
+    def add(self, vectors: np.ndarray, first: int) -> None:
+        """Adds float32 vectors [n, D] as rows first, first + 1, ...; without inverted lists, rows count from 0 here."""
+        if self._ivf is None:
+            self._index.add(vectors)
+        else:
+            self._index.add_with_ids(vectors, np.arange(first, first + len(vectors)))
+
+    def search(self, queries: np.ndarray, depth: int, nprobe: int) -> tuple[np.ndarray, np.ndarray]:
+        """(approximate scores, rows) [Q, depth], best first; row -1 where fewer than `depth` were reached."""
+        return self._index.search(queries, depth, params=_parameters(self._index, nprobe))
+
+    def merge(self, other: Structure) -> None:
+        """Moves the vectors of `other`, trained alike, in here; without inverted lists its rows follow those here."""
+        try:
+            self._index.merge_from(other._index, 0)
+        except RuntimeError as error:
+            raise ValueError(f"shards: expected a factory that can be merged, found: {_reason(error)}") from error
+
+    def write(self, path: Path) -> None:
+        """Writes the index to `path`; `OSError` naming it on failure."""
+        try:
+            faiss.write_index(self._index, str(path))
+        except RuntimeError as error:
+            raise OSError(f"{path}: expected to write the whole index, found: {_reason(error)}") from error
+
+    @classmethod
+    def read(cls, path: Path) -> Structure:
+        """Reads an index; inverted lists that were merged on disk stay there, beside `path`."""
+        try:
+            return cls(faiss.read_index(str(path), faiss.IO_FLAG_ONDISK_SAME_DIR | faiss.IO_FLAG_READ_ONLY))
+        except (RuntimeError, MemoryError) as error:
+            raise ValueError(f"{path}: expected a FAISS index, found a damaged file ({_reason(error)})") from error
+
+
+RERANKS = "re-ranking with the stored vectors is done outside FAISS"
+
+
+def merge_on_disk(trained: Structure, shards: Sequence[Path], folder: Path) -> None:
+    """Puts the inverted lists of `shards` into one file in `folder`, read piecewise; `trained` refers to it then."""
+    try:
+        merge_ondisk(trained._index, [str(shard) for shard in shards], str(folder / LISTS_FILE))
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"on_disk: expected a factory with plain inverted lists, found: {_reason(error)}") from error
+
+
+def set_threads(count: int) -> None:
+    """Threads that one search may use when it is called from this thread (OpenMP keeps the number for each thread)."""
+    faiss.omp_set_num_threads(count)
+
+
+def as_vectors(name: str, array: np.ndarray, dim: int | None = None) -> np.ndarray:
+    """`array` as contiguous float32 [n, D]; `ValueError` naming it if it has another shape or is not finite."""
+    vectors = np.ascontiguousarray(array, dtype=np.float32)
+    if vectors.ndim != 2 or vectors.shape[1] < 1 or (dim is not None and vectors.shape[1] != dim):
+        raise ValueError(f"{name}: expected shape [*, {dim or '*'}], found {list(vectors.shape)}")
+    if not np.isfinite(vectors).all():
+        raise ValueError(f"{name}: expected finite numbers, found NaN or infinity")
+    return vectors
+
+
+def as_ids(name: str, array: np.ndarray, count: int) -> np.ndarray:
+    """`array` as int64 ids [count]; `ValueError` naming it unless they are integers of 64 bits, each once."""
+    found = np.asarray(array)
+    if found.shape != (count,) or not np.can_cast(found.dtype, np.int64):
+        raise ValueError(f"{name}: expected {count} integers, found {found.dtype} {list(found.shape)}")
+    if len(np.unique(found)) != count:
+        raise ValueError(f"{name}: expected each id once, found repeated ones")
+    return found.astype(np.int64)
+
+
+def check_k(k: int, images: int) -> None:
+    """`ValueError` unless 1 <= k <= images."""
+    if not 1 <= k <= images:
+        raise ValueError(f"k = {k}: expected 1 to {images}, the number of images in the index")
+
+
+def _parameters(index: faiss.Index, nprobe: int) -> Any:
+    """Search parameters, passed with each search because setting them on the index would affect other threads."""
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexPreTransform):
+        inner = _parameters(index.index, nprobe)
+        return None if inner is None else faiss.SearchParametersPreTransform(index_params=inner)
+    if isinstance(index, faiss.IndexIVF):
+        nprobe = min(nprobe, index.nlist)
+        # a graph over the centroids finds nprobe of them reliably only when it looks at more
+        coarse = _parameters(index.quantizer, 2 * nprobe)
+        if coarse is None:
+            return faiss.SearchParametersIVF(nprobe=nprobe)
+        return faiss.SearchParametersIVF(nprobe=nprobe, quantizer_params=coarse)
+    if isinstance(index, faiss.IndexHNSW):
+        return faiss.SearchParametersHNSW(efSearch=nprobe)
+    return None
+
+
+def _reason(error: BaseException) -> str:
+    return str(error).strip().rpartition("Error: ")[2].splitlines()[-1] if str(error).strip() else type(error).__name__

@@ -1,0 +1,151 @@
+"""Which index for how many images: a recommendation with its reasons, and what an index costs before it is built."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastgda.index.backend import EXACT, Structure
+from fastgda.index.segment import SegmentConfig
+
+EXACT_LIMIT = 1_200_000
+"""Images up to which every vector is compared with the query."""
+LIST_SHARE = 0.8
+"""Share of the memory that codes may take; the rest is for queries, re-ranking and the process."""
+GRAPH_LISTS = 65_536
+"""Inverted lists from which the nearest centroids are found by a graph instead of a scan."""
+OVERHEAD = 300e6
+"""Bytes of a process before it loads an index: Python, torch, FAISS."""
+CODEBOOK_FLOPS = 2.0 * 25 * 256
+"""Operations of k-means for a product quantiser, per training vector and dimension: 25 rounds, 256 centroids."""
+ROTATION_ROUNDS = 50
+"""Alternations of OPQ, each with 4 rounds of k-means and one matrix product."""
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """An index for a number of images, a width and a memory budget."""
+
+    config: SegmentConfig
+    reasons: tuple[str, ...]
+    """Why, one sentence each."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What an index costs."""
+
+    bytes_per_vector: int
+    """In the searched structure."""
+    ram: float
+    """Bytes in memory while searching; stored vectors are read from disk through the page cache."""
+    disk: float
+    """Bytes of the index's files, the most during the build."""
+    training_vectors: int
+    training_seconds: float
+    """On this machine, from its speed in matrix products."""
+
+
+def recommend(images: int, dim: int, memory_budget: float) -> Recommendation:
+    """The index for `images` vectors of `dim` numbers within `memory_budget` bytes of memory."""
+    if images < 1 or dim < 1 or memory_budget <= 0:
+        raise ValueError(f"expected positive images, dim and memory, found {images}, {dim} and {memory_budget:g}")
+    room = LIST_SHARE * memory_budget
+    if images <= EXACT_LIMIT:
+        for factory, size, why in (
+            (EXACT, 4, "full precision fits: scores are exact"),
+            ("SQfp16", 2, "half precision fits; candidates are re-ranked with the stored float32 vectors"),
+            ("SQ8", 1, "one byte a number fits; candidates are re-ranked with the stored float32 vectors"),
+        ):
+            if size * dim * images <= room:
+                scan = f"every query reads all {size * dim * images / 1e6:,.0f} MB, fine up to about a million images"
+                return Recommendation(SegmentConfig(factory, "float32"), (f"{why} {_of(room)}", scan))
+    return _compressed(images, dim, room)
+
+
+def estimate(config: SegmentConfig, images: int, dim: int, flops: float) -> Estimate:
+    """What `config` costs for `images` vectors of `dim` numbers on a machine of `flops` operations a second.
+
+    Training: k-means of the coarse quantiser, 10 rounds of n · lists · d multiply-adds; product quantiser, 25 rounds of
+    n · 256 · d; OPQ, 50 alternations with 4 rounds each; n = min(images, max(65,536, 64 · lists)).
+    """
+    structure = Structure.create(config.factory, dim)
+    code, stored = structure.code_bytes(), images * dim * np.dtype(config.store).itemsize
+    codes = code * images
+    sample = structure.training_size(images)
+    work, few = structure.coarse_flops(sample), min(sample, 65_536)
+    if "PQ" in config.factory:
+        work += CODEBOOK_FLOPS * few * dim
+    if "OPQ" in config.factory:
+        work += ROTATION_ROUNDS * few * dim * (2.0 * 4 * 256 + 2.0 * dim)
+    parts = codes * (config.shards > 1 or config.on_disk)
+    return Estimate(
+        bytes_per_vector=code,
+        ram=OVERHEAD + structure.fixed_bytes() + (0 if config.on_disk else codes) + images,
+        disk=stored + codes + parts + 16 * images + 2 * structure.fixed_bytes(),
+        training_vectors=sample,
+        training_seconds=work / flops,
+    )
+
+
+def measured_flops(size: int = 512, repeats: int = 4) -> float:
+    """Multiplications and additions a second in float32 matrix products of `size` x `size` on this machine."""
+    matrix = np.ones((size, size), dtype=np.float32)
+    matrix @ matrix
+    start = time.perf_counter()
+    for _ in range(repeats):
+        matrix @ matrix
+    return 2.0 * repeats * size**3 / (time.perf_counter() - start)
+
+
+def describe(config: SegmentConfig, images: int, dim: int, cost: Estimate) -> str:
+    """The estimate as a table for reading."""
+    rows = [
+        ("images", f"{images:,} x {dim}"),
+        ("factory", config.factory + (f", re-ranked with {config.store}" if config.reranks else "")),
+        ("inverted lists", "on disk" if config.on_disk else "in memory"),
+        ("shards", f"{config.shards}"),
+        ("bytes per vector", f"{cost.bytes_per_vector} searched, {dim * np.dtype(config.store).itemsize} stored"),
+        ("RAM", f"{cost.ram / 1e9:.2f} GB"),
+        ("disk", f"{cost.disk / 1e9:.2f} GB (without metadata)"),
+        ("training", f"{cost.training_vectors:,} vectors, about {_duration(cost.training_seconds)}"),
+    ]
+    return "\n".join(f"{name:<18}{value}" for name, value in rows)
+
+
+def _compressed(images: int, dim: int, room: float) -> Recommendation:
+    """OPQ, inverted lists and product quantiser, as fine as memory allows, else with the lists on disk."""
+    lists = 2 ** min(20, max(4, round(math.log2(4 * math.sqrt(images)))))
+    quantiser = f"IVF{lists}_HNSW32" if lists >= GRAPH_LISTS else f"IVF{lists}"
+    sizes = [size for size in (64, 48, 32, 16, 8, 4, 2, 1) if size <= max(1, dim // 4)]
+    kept = [size for size in sizes if 2 * size >= sizes[0]]
+    fixed = 4 * lists * min(dim, 4 * sizes[0]) + images
+    fitting = [size for size in kept if (size + 8) * images + fixed <= room]
+    size = fitting[0] if fitting else sizes[0]
+    width = min(4 * size, dim // size * size)
+    factory = f"OPQ{size}_{width},{quantiser},PQ{size}"
+    total = (size + 8) * images
+    reasons = [
+        f"{images:,} images: comparing all of them with a query takes too long or does not fit {_of(room)}",
+        f"{lists:,} inverted lists, about 4 sqrt(images); calibrate sets how many a query visits",
+        f"{size} bytes of code per image and 8 of row number; candidates are re-ranked with stored vectors, from disk",
+    ]
+    if not fitting:
+        reasons.append(f"codes of {total / 1e9:.1f} GB do not fit {_of(room)}, so the inverted lists stay on disk")
+    shards = max(1, math.ceil(2 * total / room)) if not fitting else 1
+    if shards > 1:
+        reasons.append(f"{shards} shards, so that one shard under construction takes at most half the memory")
+    return Recommendation(SegmentConfig(factory, "float16", not fitting, shards), tuple(reasons))
+
+
+def _of(room: float) -> str:
+    return f"in {room / 1e9:.2f} GB, {LIST_SHARE:.0%} of the memory given"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,152 @@
+"""Where the vectors of an index come from: files larger than memory, read and embedded a block of rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+from torch import Tensor
+
+from fastgda.core import load_npy, sha256_file
+from fastgda.dataset import normalise
+from fastgda.index.backend import as_ids, as_vectors
+from fastgda.index.metadata import count_rows, read_tables, stored_ids, without_metadata
+from fastgda.ranker import load_ranker
+
+BLOCK = 8192
+"""Rows held in memory at a time."""
+AS_THEY_ARE, COSINE = "none", "cosine"
+"""What stands for the ranker's hash where vectors are indexed as they are, or at unit length."""
+
+
+class Embedder(Protocol):
+    """What scores by an inner product: `embed_queries(q) @ embed(z).T`, higher = more influential. See `Ranker`."""
+
+    def embed(self, features: np.ndarray) -> Tensor:
+        """[N, D] features of training images -> [N, E]."""
+
+    def embed_queries(self, features: np.ndarray) -> Tensor:
+        """[Q, D] features of queries -> [Q, E]."""
+
+
+class Rows(Protocol):
+    """An array [N, D] that need not be in memory: numpy's memory maps, or rows made when asked for."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, D)."""
+
+    def __getitem__(self, rows: slice | np.ndarray, /) -> np.ndarray:
+        """Some rows: a slice, or ascending row numbers."""
+
+
+Embed = Callable[[np.ndarray], np.ndarray]
+
+
+class Source:
+    """Vectors with their ids and metadata, in a stream."""
+
+    def __init__(
+        self,
+        arrays: Sequence[Rows],
+        ids: np.ndarray | None = None,
+        embed: Embed | None = None,
+        tables: Callable[[], Iterator[pa.Table]] | None = None,
+        inputs: dict[str, str] | None = None,
+    ) -> None:
+        """`ids` by default count from 0; `embed` maps features to embeddings; `inputs`: name -> hash of each file."""
+        self.arrays = arrays
+        self.starts = np.cumsum([0, *(array.shape[0] for array in arrays)])
+        if len(self) == 0:
+            raise ValueError("vectors: expected at least one training image, found none")
+        if len({array.shape[1:] for array in arrays}) != 1 or len(arrays[0].shape) != 2:
+            raise ValueError(f"vectors: expected files of one width, found {[list(array.shape) for array in arrays]}")
+        self.ids = as_ids("ids", np.arange(len(self)) if ids is None else ids, len(self))
+        self._embed = embed
+        self._tables = tables
+        self.inputs = inputs or {}
+        self.dim = self.rows(0, 1).shape[1]
+
+    @classmethod
+    def from_files(cls, vectors: Sequence[Path], metadata: Sequence[Path] = (), embed: Embed | None = None) -> Source:
+        """Vectors of `.npy` files in order, with Parquet files whose rows are in the same order.
+
+        Ids are the metadata's column `id`, else 0, 1, 2, ... Raises `ValueError` naming a file that is missing,
+        damaged or of another number of rows.
+        """
+        arrays = [load_npy(path, (None, None), mmap=True) for path in vectors]
+        rows = sum(len(array) for array in arrays)
+        if metadata and (found := count_rows(metadata)) != rows:
+            names = " ".join(map(str, metadata))
+            raise ValueError(f"{names}: expected {rows} rows, as many as vectors, found {found}")
+        inputs = {path.name: sha256_file(path) for path in (*vectors, *metadata)}
+        tables = (lambda: read_tables(metadata)) if metadata else None
+        return cls(arrays, stored_ids(metadata), embed, tables, inputs)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Embeddings [stop - start, E], float32, of consecutive rows."""
+        parts = []
+        for array, first in zip(self.arrays, self.starts, strict=False):
+            low, high = max(start - first, 0), min(stop - first, array.shape[0])
+            if low < high:
+                parts.append(np.asarray(array[low:high], dtype=np.float32))
+        return self._embedded(parts, start)
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """Embeddings [n, E], float32, of ascending row numbers."""
+        blocks = []
+        for begin in range(0, len(rows), BLOCK):
+            some, parts = rows[begin : begin + BLOCK], []
+            for array, first, last in zip(self.arrays, self.starts, self.starts[1:], strict=False):
+                inside = some[(some >= first) & (some < last)] - first
+                if len(inside):
+                    parts.append(np.asarray(array[inside], dtype=np.float32))
+            blocks.append(self._embedded(parts, int(some[0])))
+        return np.concatenate(blocks)
+
+    def blocks(self, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
+        """(first row, embeddings) of rows start..stop-1, `BLOCK` rows at a time."""
+        for first in range(start, stop, BLOCK):
+            yield first, self.rows(first, min(first + BLOCK, stop))
+
+    def tables(self) -> Iterator[pa.Table]:
+        """The metadata, a piece at a time."""
+        return without_metadata(len(self)) if self._tables is None else self._tables()
+
+    def _embedded(self, parts: list[np.ndarray], first: int) -> np.ndarray:
+        vectors = as_vectors(f"vectors from row {first}", np.concatenate(parts))
+        return vectors if self._embed is None else as_vectors("embeddings", self._embed(vectors))
+
+
+def load_embedding(checkpoint: Path | None, unit: bool) -> tuple[Embed, Embed, str]:
+    """(training rows -> embeddings, query rows -> embeddings, what identifies the two).
+
+    A ranker is identified by its file's SHA-256; without one, rows are taken as they are, or put at unit length.
+    """
+    if checkpoint is None:
+        embed = normalise if unit else _unchanged
+        return embed, embed, COSINE if unit else AS_THEY_ARE
+    if unit:
+        raise ValueError("unit: expected it without a checkpoint, found both; a ranker's embeddings have unit length")
+    ranker = load_ranker(checkpoint)
+
+    def check(rows: np.ndarray) -> np.ndarray:
+        if rows.shape[1] != ranker.config.in_dim:
+            raise ValueError(f"{checkpoint}: expected features of {ranker.config.in_dim}, found {rows.shape[1]}")
+        return rows
+
+    return (
+        lambda rows: ranker.embed(check(rows)).cpu().numpy(),
+        lambda rows: ranker.embed_queries(check(rows)).cpu().numpy(),
+        sha256_file(checkpoint),
+    )
+
+
+def _unchanged(rows: np.ndarray) -> np.ndarray:
+    return rows
