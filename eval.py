@@ -4,7 +4,10 @@
     python eval.py --ftype effnet minilm effnet+minilm                     # untuned features only
     python eval.py --mode coco --ftype dino+clip_text --checkpoint weights/dino+clip_text.pth
 
-Prints untuned, tuned, popularity, chance and the teacher's reliability; --output writes the same as CSV and JSON.
+    python eval.py --ftype effnet --checkpoint weights/effnet.pth --index effnet.index    # exact search and index
+
+Prints untuned, tuned, popularity, chance and the teacher's reliability; --output writes the same and more (bootstrap
+intervals, overlap, recall@k, NDCG@k) as CSV and JSON, --per_query the values of each query.
 """
 
 from __future__ import annotations
@@ -15,8 +18,9 @@ from pathlib import Path
 
 from fastgda.core import best_device, command_line
 from fastgda.dataset import MODES, layout
-from fastgda.evaluation import Candidate, evaluate, format_table, save_report
+from fastgda.evaluation import Candidate, evaluate
 from fastgda.flags import device
+from fastgda.report import format_table, save_per_query, save_report
 
 
 def candidates(args: argparse.Namespace) -> list[Candidate]:
@@ -30,8 +34,16 @@ def candidates(args: argparse.Namespace) -> list[Candidate]:
     else:
         expected = f"expected one for each of the {len(args.ftype)} feature types"
         raise ValueError(f"--checkpoint: {expected}, found {len(args.checkpoint)}")
+    index = None
+    if args.index is not None:
+        # imported here, because evaluation needs no FAISS otherwise
+        from fastgda.index import FlatIndex
+
+        if len(args.ftype) > 1:
+            raise ValueError(f"--index: expected one --ftype with it, found {len(args.ftype)}")
+        index = FlatIndex.load(args.index)
     return [
-        Candidate(ftype, layout(args.mode, ftype, args.data_dir, args.feature_dir), group)
+        Candidate(ftype, layout(args.mode, ftype, args.data_dir, args.feature_dir), group, index, args.index_depth)
         for ftype, group in zip(args.ftype, groups, strict=True)
     ]
 
@@ -56,7 +68,11 @@ def main(argv: list[str] | None = None) -> None:
     add("--train_rank_file", type=Path, help="training rankings for the popularity baseline (default: influence_train)")
     add("--split", choices=("test", "val"), default="test", help="which queries (default: test)")
     add("--topk_values", type=int, nargs="+", help="values of L of mAP(L) (default: the mode's)")
+    add("--cutoffs", type=int, nargs="+", help="values of k of recall@k and NDCG@k (default: 10 100 1000)")
+    add("--index", type=Path, help="evaluate this FAISS index of the training images, too")
+    add("--index_depth", type=int, help="neighbours asked of the index; the rest share the last place (default: all)")
     add("--output", type=Path, help="write <output>.csv and <output>.json")
+    add("--per_query", type=Path, metavar="CSV", help="write one line for each method, query and L")
     add("--device", type=device, default=best_device(), help="torch device")
     args = parser.parse_args(argv)
     document = evaluate(
@@ -65,11 +81,16 @@ def main(argv: list[str] | None = None) -> None:
         args.topk_values,
         rank_file=args.rank_file,
         train_rank_file=args.train_rank_file,
+        cutoffs=args.cutoffs,
+        per_query=args.per_query is not None,
         device=args.device,
     )
     print(format_table(document))
     if args.output is not None:
         print("wrote " + " and ".join(str(path) for path in save_report(document, args.output)))
+    if args.per_query is not None:
+        save_per_query(document, args.per_query)
+        print(f"wrote {args.per_query}")
 
 
 if __name__ == "__main__":

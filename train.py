@@ -3,6 +3,7 @@
     python train.py --ftype effnet+minilm                              # emoji testbed, best recipe
     python train.py --ftype effnet+minilm --recipe paper               # the paper's: BCE on i.i.d. pairs
     python train.py --mode coco --ftype dino+clip_text --recipe paper  # released data under data/coco
+    torchrun --nproc_per_node 2 train.py --ftype effnet+minilm         # the same run by two processes
 
 Writes the checkpoint with the best validation mAP(L) and its manifest; a killed run continues where it stopped, a
 finished one is not repeated. Curves are in <run_dir>/log.json.
@@ -19,11 +20,14 @@ import torch
 
 from fastgda.core import ROOT, best_device, command_line, manifest_difference, require_file, sha256_file, write_manifest
 from fastgda.dataset import MODES, Layout, Split, default_levels, hold_out, layout, load_images, load_split
-from fastgda.evaluation import Candidate, evaluate, format_table, save_report
+from fastgda.distributed import Group, process_group
+from fastgda.evaluation import Candidate, evaluate
 from fastgda.flags import add_flags, device, from_flags
 from fastgda.ranker import save_ranker
+from fastgda.recipes import RECIPES, TrainConfig
+from fastgda.report import format_table, save_report
 from fastgda.tracking import Tracker
-from fastgda.trainer import RECIPES, TrainConfig, Trainer
+from fastgda.trainer import Trainer
 
 
 def parser_for(recipe: str) -> argparse.ArgumentParser:
@@ -79,18 +83,11 @@ def load_data(args: argparse.Namespace, paths: Layout) -> tuple:
     return images, train, validation, {name: sha256_file(require_file(path)) for name, path in files.items()}
 
 
-@command_line
-def main(argv: list[str] | None = None) -> None:
-    """Command line: see the module's docstring."""
-    argv = sys.argv[1:] if argv is None else argv
-    choice = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    choice.add_argument("--recipe", choices=sorted(RECIPES), default="best")
-    args = parser_for(choice.parse_known_args(argv)[0].recipe).parse_args(argv)
+def train_ranker(
+    args: argparse.Namespace, argv: list[str], paths: Layout, output: Path, group: Group, device: torch.device
+) -> tuple[int, ...]:
+    """Trains and writes `output` unless it is up to date; returns the values of L. One of the processes of `group`."""
     config = from_flags(TrainConfig, args)
-    paths = layout(args.mode, args.ftype, args.data_dir, args.feature_dir)
-    name = args.ftype if args.mode == "coco" else f"{args.mode}_{args.ftype}"
-    output = args.output or ROOT / "weights" / f"{name}.pth"
-    run_dir = args.run_dir or ROOT / "runs" / output.stem
     images, train, validation, inputs = load_data(args, paths)
     levels = tuple(args.topk_values or default_levels(args.mode, len(images)))
     recorded = {
@@ -102,32 +99,58 @@ def main(argv: list[str] | None = None) -> None:
         "val_queries": validation.queries,
     }
     if manifest_difference(output, recorded, inputs) is None:
-        print(f"{output}: up to date")
-    else:
-        tracker = Tracker(args.wandb_project, output.stem, recorded, run_dir) if args.wandb else None
-        trainer = Trainer(
-            config,
-            images,
-            train,
-            validation,
-            levels=levels,
-            run_dir=run_dir,
-            device=args.device,
-            tracker=tracker,
-        )
-        ranker = trainer.run()
-        save_ranker(output, ranker, torch.float16 if args.half else torch.float32, ftype=args.ftype)
-        command = f"python train.py {' '.join(argv)}".strip()
-        write_manifest(output, recorded, command=command, inputs=inputs, history=trainer.history)
-        trainer.checkpoint_file.unlink()
-        if tracker is not None:
-            tracker.close()
-        print(f"{output}: validation mAP(L) {trainer.best:.3f} on average over L = {', '.join(map(str, levels))}")
-    if args.eval_after_train:
+        if group.first:
+            print(f"{output}: up to date")
+        return levels
+    wanted = args.wandb and group.first
+    tracker = Tracker(args.wandb_project, output.stem, recorded, run_dir_of(args, output)) if wanted else None
+    trainer = Trainer(
+        config,
+        images,
+        train,
+        validation,
+        levels=levels,
+        run_dir=run_dir_of(args, output),
+        device=device,
+        tracker=tracker,
+        group=group,
+    )
+    ranker = trainer.run()
+    if not group.first:
+        return levels
+    save_ranker(output, ranker, torch.float16 if args.half else torch.float32, ftype=args.ftype)
+    command = f"python train.py {' '.join(argv)}".strip()
+    write_manifest(output, recorded, command=command, inputs=inputs, history=trainer.history)
+    trainer.checkpoint_file.unlink()
+    if tracker is not None:
+        tracker.close()
+    print(f"{output}: validation mAP(L) {trainer.best:.3f} on average over L = {', '.join(map(str, levels))}")
+    return levels
+
+
+def run_dir_of(args: argparse.Namespace, output: Path) -> Path:
+    """The folder of the run that writes `output`."""
+    return args.run_dir or ROOT / "runs" / output.stem
+
+
+@command_line
+def main(argv: list[str] | None = None) -> None:
+    """Command line: see the module's docstring."""
+    argv = sys.argv[1:] if argv is None else argv
+    choice = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    choice.add_argument("--recipe", choices=sorted(RECIPES), default="best")
+    args = parser_for(choice.parse_known_args(argv)[0].recipe).parse_args(argv)
+    paths = layout(args.mode, args.ftype, args.data_dir, args.feature_dir)
+    name = args.ftype if args.mode == "coco" else f"{args.mode}_{args.ftype}"
+    output = args.output or ROOT / "weights" / f"{name}.pth"
+    with process_group(args.device) as (group, device):
+        levels = train_ranker(args, argv, paths, output, group, device)
+    if args.eval_after_train and group.first:
         candidate = Candidate(args.ftype, paths, (output,))
         document = evaluate([candidate], "test", levels, train_rank_file=args.rank_file, device=args.device)
         print(format_table(document))
-        print("wrote " + " and ".join(str(path) for path in save_report(document, run_dir / "eval.csv")))
+        report = run_dir_of(args, output) / "eval.csv"
+        print("wrote " + " and ".join(str(path) for path in save_report(document, report)))
 
 
 if __name__ == "__main__":

@@ -79,7 +79,10 @@ def layout(mode: str, ftype: str, data_dir: Path | None = None, feature_dir: Pat
 
 
 def load_images(paths: Layout) -> np.ndarray:
-    """[N, D] float32 features of the training images; `ValueError` if missing, damaged or not finite."""
+    """[N, D] float32 features of the training images, mapped from their file where it holds float32.
+
+    `ValueError` if missing, damaged or not finite.
+    """
     return _features(paths.images, None)
 
 
@@ -116,7 +119,7 @@ def normalise(features: np.ndarray) -> np.ndarray:
 
 def _features(path: Path, dimension: int | None) -> np.ndarray:
     shape: Sequence[int | None] = (None, dimension)
-    features = load_npy(path, tuple(shape), finite=True, made_by=EXTRACT)
+    features = load_npy(path, tuple(shape), finite=True, mmap=True, made_by=EXTRACT)
     if features.size == 0 or not np.issubdtype(features.dtype, np.floating):
         raise ValueError(f"{path}: expected rows of float features, found {features.dtype} {list(features.shape)}")
     return np.ascontiguousarray(features, dtype=np.float32)

@@ -2,21 +2,54 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from fastgda.core import atomic_path, environment, manifest_path, read_manifest, relative, save_json, sha256_file
+from fastgda.core import environment, manifest_path, read_manifest, relative, sha256_file
 from fastgda.dataset import Layout, Split, default_levels, load_images, load_split, normalise
-from fastgda.metrics import Retrieval, chance, check_levels, embedding_retrieval, score_retrieval, standard_error
+from fastgda.metrics import (
+    TILE,
+    Retrieval,
+    bootstrap_interval,
+    chance,
+    check_levels,
+    embedding_retrieval,
+    joined,
+    score_retrieval,
+    standard_error,
+)
 from fastgda.ranker import load_ranker
-from fastgda.rankings import load_rankings, popularity
+from fastgda.rankings import Rankings, load_rankings, popularity
+
+CUTOFFS = (10, 100, 1000)
+"""Values of k of recall@k and NDCG@k, where the training set has as many images."""
+
+
+class Neighbours(Protocol):
+    """What a search in an index returns: `fastgda.index.Neighbours`."""
+
+    @property
+    def ids(self) -> np.ndarray:
+        """[Q, k] training ids, most influential first; -1 where an approximate search found fewer than k."""
+
+    @property
+    def scores(self) -> np.ndarray:
+        """[Q, k] scores, descending."""
+
+
+class Index(Protocol):
+    """What is evaluated in the place of exact search: `fastgda.index.FlatIndex` and its kin."""
+
+    def search(self, queries: np.ndarray, k: int) -> Neighbours:
+        """The `k` training images of the highest inner product with each of `queries` [Q, D]."""
+
+    def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -26,6 +59,10 @@ class Candidate:
     ftype: str
     paths: Layout
     checkpoints: tuple[Path, ...] = ()
+    index: Index | None = None
+    """Index of the training images under the only checkpoint, or under the normalised feature where there is none."""
+    depth: int | None = None
+    """Neighbours asked of the index; all by default."""
 
 
 def evaluate(
@@ -35,12 +72,15 @@ def evaluate(
     *,
     rank_file: Path | None = None,
     train_rank_file: Path | None = None,
+    cutoffs: Sequence[int] | None = None,
+    per_query: bool = False,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """A JSON document with one row per method; `ValueError` naming the file where artifacts disagree.
 
     `levels`: values of L; the mode's where absent. `rank_file`: ground truth of `split`; the layout's own where absent.
-    The popularity baseline needs the training rankings and is left out where they do not exist.
+    `cutoffs`: values of k of recall@k and NDCG@k. `per_query` adds every query's values, for `save_per_query`. The
+    popularity baseline needs the training rankings and is left out where they do not exist.
     """
     rows: list[dict[str, Any]] = []
     for candidate in candidates:
@@ -48,14 +88,15 @@ def evaluate(
         queries = load_split(candidate.paths, split, images, rank_file)
         levels = tuple(levels or default_levels(candidate.paths.mode, len(images)))
         check_levels(levels, queries.rankings.candidates, len(images))
-        rows += _feature_rows(candidate, images, queries, levels, device)
-    assert levels is not None
+        cutoffs = tuple(cutoffs or [k for k in CUTOFFS if k <= len(images)] or [len(images)])
+        rows += _feature_rows(candidate, images, queries, levels, cutoffs, device)
+    assert levels is not None and cutoffs is not None
     truth = rank_file or candidates[0].paths.ranking(split)
     count, total = queries.queries, len(images)
     train_file = train_rank_file or candidates[0].paths.ranking("train")
     if train_file.is_file():
         score = popularity(load_rankings(train_file, total), total).astype(np.float32)
-        found = score_retrieval(np.broadcast_to(score, (count, total)), queries.rankings, levels)
+        found = score_retrieval(np.broadcast_to(score, (count, total)), queries.rankings, levels, cutoffs)
         rows.append(_row("popularity", None, found))
     elif train_rank_file is not None:
         raise ValueError(f"{train_file}: expected the training rankings, found nothing")
@@ -63,6 +104,8 @@ def evaluate(
     reliability = teacher_reliability(truth)
     if reliability:
         rows.append({"method": "teacher's reliability", "mAP": reliability})
+    if not per_query:
+        rows = [{key: value for key, value in row.items() if key != "queries"} for row in rows]
     return {
         "split": split,
         "queries": count,
@@ -81,79 +124,119 @@ def teacher_reliability(rank_file: Path) -> dict[str, float]:
     return {str(level): float(value) for level, value in read_manifest(rank_file).get("reliability", {}).items()}
 
 
-def save_report(document: dict[str, Any], output: Path) -> tuple[Path, Path]:
-    """Writes `output` with the suffixes .csv (one line per method and L) and .json (everything)."""
-    table, full = output.with_suffix(".csv"), output.with_suffix(".json")
-    with atomic_path(table) as temporary, open(temporary, "w", newline="") as handle:
-        writer = csv.writer(handle)
-        writer.writerow(["method", "ftype", "checkpoint", "L", "mAP", "standard_error", "overlap", "spearman"])
-        for row in document["rows"]:
-            for level, value in row["mAP"].items():
-                extra = [row.get(name, {}).get(level, "") for name in ("standard_error", "overlap")]
-                named = [row["method"], row.get("ftype") or "", row.get("checkpoint", ""), level]
-                writer.writerow([*named, value, *extra, row.get("spearman", "")])
-    save_json(full, document)
-    return table, full
+def index_retrieval(
+    index: Index, queries: np.ndarray, truth: Rankings, levels: Sequence[int], cutoffs: Sequence[int], depth: int
+) -> Retrieval:
+    """The metrics of what `index` returns for embedded queries [Q, D], as of exact search.
 
-
-def format_table(document: dict[str, Any]) -> str:
-    """The report as text: mAP(L) ± standard error of each method."""
-    levels = [str(level) for level in document["levels"]]
-    lines = [["method", "feature", *(f"mAP({level})" for level in levels), "Spearman"]]
-    for row in document["rows"]:
-        errors = row.get("standard_error", {})
-        cells = [_cell(row["mAP"].get(level), errors.get(level)) for level in levels]
-        lines.append([row["method"], row.get("ftype") or "", *cells, _cell(row.get("spearman"), None)])
-    for row in document["rows"]:
-        if "gain" in row:
-            cells = [_cell(row["gain"][level], row["gain_standard_error"][level]) for level in levels]
-            lines.append(["tuned - untuned", row["ftype"], *cells, ""])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    head = f"{document['split']} split: {document['queries']} queries, {document['images']} training images"
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([head, *text])
+    Training images that are not among the `depth` neighbours share the last place.
+    """
+    parts = []
+    for start in range(0, len(queries), TILE):
+        found = index.search(queries[start : start + TILE], depth)
+        scores = np.zeros((len(found.ids), len(index)), dtype=np.float32)
+        for row, ids, values in zip(scores, found.ids, found.scores, strict=True):
+            returned = ids >= 0
+            if returned.any():
+                row[:] = np.nextafter(values[returned].min(), np.float32(-np.inf))
+                row[ids[returned]] = values[returned]
+        parts.append(score_retrieval(scores, truth.rows(slice(start, start + TILE)), levels, cutoffs))
+    return joined(parts)
 
 
 def _feature_rows(
-    candidate: Candidate, images: np.ndarray, queries: Split, levels: tuple[int, ...], device: torch.device | str
+    candidate: Candidate,
+    images: np.ndarray,
+    queries: Split,
+    levels: tuple[int, ...],
+    cutoffs: tuple[int, ...],
+    device: torch.device | str,
 ) -> list[dict[str, Any]]:
-    untuned = embedding_retrieval(
-        torch.from_numpy(normalise(queries.features)).to(device),
-        torch.from_numpy(normalise(images)).to(device),
-        queries.rankings,
-        levels,
-    )
+    asked = torch.from_numpy(normalise(queries.features)).to(device)
+    stored = torch.from_numpy(normalise(images)).to(device)
+    untuned = embedding_retrieval(asked, stored, queries.rankings, levels, cutoffs)
+    del stored
     rows = [_row("untuned", candidate.ftype, untuned)]
     for checkpoint in candidate.checkpoints:
         ranker = load_ranker(checkpoint, device, in_dim=images.shape[1])
         trained_on = ranker.info.get("ftype", candidate.ftype)
         if trained_on != candidate.ftype:
             raise ValueError(f"{checkpoint}: expected a ranker of {candidate.ftype}, found one of {trained_on}")
-        embedded = ranker.embed_queries(queries.features), ranker.embed(images)
-        tuned = embedding_retrieval(*embedded, queries.rankings, levels)
-        row = _row("tuned", candidate.ftype, tuned)
+        asked = ranker.embed_queries(queries.features)
+        tuned = embedding_retrieval(asked, ranker.embed(images), queries.rankings, levels, cutoffs)
         gain = tuned.precision - untuned.precision
-        row |= {
-            "checkpoint": relative(checkpoint),
-            "checkpoint_sha256": sha256_file(checkpoint),
-            "gain": _by_level(levels, gain.mean(axis=0)),
-            "gain_standard_error": _by_level(levels, standard_error(gain)),
-        }
-        rows.append(row)
+        rows.append(
+            _row("tuned", candidate.ftype, tuned)
+            | {
+                "checkpoint": relative(checkpoint),
+                "checkpoint_sha256": sha256_file(checkpoint),
+                "gain": _by_level(levels, gain.mean(axis=0)),
+                "gain_standard_error": _by_level(levels, standard_error(gain)),
+            }
+        )
+    if candidate.index is not None:
+        rows.append(_index_row(candidate, asked.cpu().numpy(), queries.rankings, levels, cutoffs, len(images)))
     return rows
+
+
+def _index_row(
+    candidate: Candidate,
+    asked: np.ndarray,
+    truth: Rankings,
+    levels: tuple[int, ...],
+    cutoffs: tuple[int, ...],
+    images: int,
+) -> dict[str, Any]:
+    index, depth = candidate.index, candidate.depth or images
+    assert index is not None
+    if len(candidate.checkpoints) > 1:
+        raise ValueError(f"--index: expected at most one checkpoint with it, found {len(candidate.checkpoints)}")
+    if len(index) != images:
+        raise ValueError(f"--index: expected an index of the {images} training images, found one of {len(index)}")
+    row = _row("index", candidate.ftype, index_retrieval(index, asked, truth, levels, cutoffs, depth))
+    named = {"checkpoint": relative(candidate.checkpoints[0])} if candidate.checkpoints else {}
+    return row | {"depth": depth} | named
 
 
 def _row(method: str, ftype: str | None, found: Retrieval) -> dict[str, Any]:
     assert found.overlap is not None and found.spearman is not None
+    assert found.recall is not None and found.ndcg is not None
+    interval = bootstrap_interval(found.precision)
     return {
         "method": method,
         "ftype": ftype,
         "mAP": _by_level(found.levels, found.precision.mean(axis=0)),
         "standard_error": _by_level(found.levels, standard_error(found.precision)),
+        "interval": {str(level): [_finite(end) for end in interval[:, at]] for at, level in enumerate(found.levels)},
         "overlap": _by_level(found.levels, found.overlap.mean(axis=0)),
+        "recall": _by_cutoff(found, found.recall.mean(axis=0)),
+        "ndcg": _by_cutoff(found, found.ndcg.mean(axis=0)),
         "spearman": _finite(found.spearman.mean()),
         "per_query": {str(level): found.precision[:, at].tolist() for at, level in enumerate(found.levels)},
+        "queries": _query_lines(found),
     }
+
+
+def _query_lines(found: Retrieval) -> list[dict[str, Any]]:
+    assert found.overlap is not None and found.spearman is not None
+    assert found.recall is not None and found.ndcg is not None
+    return [
+        {
+            "query": query,
+            "L": str(level),
+            "AP": float(found.precision[query, at]),
+            "overlap": float(found.overlap[query, at]),
+            "spearman": _finite(found.spearman[query]),
+            **{f"recall@{k}": float(value) for k, value in zip(found.cutoffs, found.recall[query, at], strict=True)},
+            **{f"NDCG@{k}": float(value) for k, value in zip(found.cutoffs, found.ndcg[query, at], strict=True)},
+        }
+        for query in range(len(found.precision))
+        for at, level in enumerate(found.levels)
+    ]
+
+
+def _by_cutoff(found: Retrieval, values: np.ndarray) -> dict[str, dict[str, float | None]]:
+    return {str(level): _by_level(found.cutoffs, row) for level, row in zip(found.levels, values, strict=True)}
 
 
 def _by_level(levels: Sequence[int], values: np.ndarray) -> dict[str, float | None]:
@@ -162,9 +245,3 @@ def _by_level(levels: Sequence[int], values: np.ndarray) -> dict[str, float | No
 
 def _finite(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
-
-
-def _cell(value: float | None, error: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.3f}" + (f" ± {error:.3f}" if error is not None else "")

@@ -1,7 +1,8 @@
 """Losses of the ranker behind one signature.
 
 A loss takes, for the labelled pairs of a step, arrays of one shape, [B, M] (B queries x M images) or flat [P]:
-    logits     scale * r + bias, the logit of the modelled normalised rank; low = influential
+    logits     scale * r + bias, the logit of the modelled normalised rank; low = influential. Losses that need several
+               heads (`HEADS`) take one such array for each head, stacked along a new first axis
     label      pi, the normalised rank of the teacher in (0, 1]; 1 outside the candidates
     relevance  standardised teacher score z, higher = more influential; -inf outside the candidates
     weight     importance of the pair, which makes the step an unbiased sample of the paper's pairs
@@ -18,11 +19,48 @@ from torch.nn import functional
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
+BINS = 10
+"""Equal bins of the normalised rank that `ordinal` distinguishes."""
+HEADS = {"ordinal": BINS - 1}
+"""Heads that a loss needs, where it is more than one."""
+
 
 def bce(logits: Tensor, label: Tensor, relevance: Tensor, weight: Tensor) -> Tensor:
     """Binary cross-entropy between sigmoid(logits) and the normalised rank (eq. 3), weighted mean over the pairs."""
     values = functional.binary_cross_entropy_with_logits(logits, label, reduction="none")
-    return (weight * values).sum() / weight.sum()
+    return _mean(values, weight)
+
+
+def mse(logits: Tensor, label: Tensor, relevance: Tensor, weight: Tensor) -> Tensor:
+    """(sigmoid(logits) - pi)^2, weighted mean over the pairs: regression of the normalised rank.
+
+    The modelled rank is that of `bce`, so the two differ in the loss alone; a rank regressed on the cosine itself would
+    have to fill [0, 1] by the geometry of the embedding.
+    """
+    return _mean((logits.sigmoid() - label) ** 2, weight)
+
+
+def ordinal(logits: Tensor, label: Tensor, relevance: Tensor, weight: Tensor) -> Tensor:
+    """Ordinal regression of the rank's decile (eqs. 17-20): head k = 1..9 classifies pi > k/10, with its own feature.
+
+    Binary cross-entropy, mean over the heads, weighted mean over the pairs. `logits` is [9, B, M] or [9, P].
+    """
+    assert len(logits) == BINS - 1
+    # divided in float64 and then rounded, as the labels are, so that a label on a threshold equals it
+    edges = (torch.arange(1, BINS, dtype=torch.float64, device=label.device) / BINS).to(label.dtype)
+    above = (label > edges.view(-1, *[1] * label.ndim)).to(logits.dtype)
+    values = functional.binary_cross_entropy_with_logits(logits, above, reduction="none")
+    return _mean(values.mean(dim=0), weight)
+
+
+def score(logits: Tensor, label: Tensor, relevance: Tensor, weight: Tensor) -> Tensor:
+    """(-logit - z)^2, weighted mean over the candidates: regression of the standardised teacher score.
+
+    Images outside the candidates have no score and are left out.
+    """
+    known = relevance > -torch.inf
+    errors = torch.where(known, logits + torch.where(known, relevance, 0.0), 0.0) ** 2
+    return _mean(errors, torch.where(known, weight, 0.0))
 
 
 def listwise(temperature: float) -> Loss:
@@ -52,4 +90,10 @@ def listwise(temperature: float) -> Loss:
 
 def make_loss(name: str, temperature: float) -> Loss:
     """The loss called `name`."""
-    return {"bce": bce, "listwise": listwise(temperature)}[name]
+    losses = {"bce": bce, "mse": mse, "ordinal": ordinal, "score": score, "listwise": listwise(temperature)}
+    return losses[name]
+
+
+def _mean(values: Tensor, weight: Tensor) -> Tensor:
+    # a step of outliers alone has no weight in `score`: its loss is zero
+    return (weight * values).sum() / weight.sum().clamp(min=torch.finfo(weight.dtype).tiny)

@@ -34,6 +34,12 @@ class Retrieval:
     """[Q, levels] share of the true top L found among the method's top L."""
     spearman: np.ndarray | None = None
     """[Q] rank correlation over the images that the ground truth ranks."""
+    cutoffs: tuple[int, ...] = ()
+    """The values of k."""
+    recall: np.ndarray | None = None
+    """[Q, levels, cutoffs] share of the true top L found among the method's first k."""
+    ndcg: np.ndarray | None = None
+    """[Q, levels, cutoffs] NDCG@k with gains that fall linearly over the true top L."""
 
 
 def average_precision(scores: np.ndarray, positives: np.ndarray, levels: Sequence[int]) -> np.ndarray:
@@ -121,18 +127,78 @@ def overlap(scores: np.ndarray, truth: np.ndarray, levels: Sequence[int]) -> np.
     return values
 
 
-def score_retrieval(scores: np.ndarray, truth: Rankings, levels: Sequence[int]) -> Retrieval:
-    """All the metrics of scores [Q, N] against the ground truth."""
+def recall_and_ndcg(
+    scores: np.ndarray, truth: np.ndarray, levels: Sequence[int], cutoffs: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """(recall@k, NDCG@k) of scores [Q, N], each [Q, levels, cutoffs], against the true top L (first L of truth).
+
+    Recall@k = share of the true top L among the first k. DCG@k = sum over places i <= k of gain / log2(i + 1), with the
+    gain 1 - j/L of the image at place j = 0, 1, ... of the truth, 0 beyond L; NDCG divides by its largest value. Images
+    of tied scores share the mean gain of their places, as in scikit-learn's `ndcg_score`.
+    """
+    check_levels(levels, truth.shape[1], scores.shape[1])
+    if not cutoffs or not all(1 <= cutoff <= scores.shape[1] for cutoff in cutoffs):
+        raise ValueError(f"expected every k of recall@k in 1..{scores.shape[1]}, found {list(cutoffs)}")
+    rows = [_row_cutoffs(row, ids, levels, cutoffs) for row, ids in zip(scores, truth, strict=True)]
+    found = np.array(rows).reshape(len(scores), 2, len(levels), len(cutoffs))
+    return found[:, 0], found[:, 1]
+
+
+def _row_cutoffs(row: np.ndarray, ids: np.ndarray, levels: Sequence[int], cutoffs: Sequence[int]) -> np.ndarray:
+    deepest = max(cutoffs)
+    place = np.full(row.size, row.size)
+    place[ids[: max(levels)]] = np.arange(max(levels))
+    chosen = np.flatnonzero(row >= np.partition(row, row.size - deepest)[row.size - deepest])
+    _, group, counts = np.unique(-row[chosen], return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    discounts = np.r_[0.0, np.cumsum(1 / np.log2(np.arange(2, max(deepest, *levels) + 2)))]
+    places_in, discount_in = (
+        np.array([np.diff(total[np.minimum(ends, cutoff)], prepend=0.0) for cutoff in cutoffs]).T
+        for total in (np.arange(deepest + 1.0), discounts)
+    )
+    values = np.empty((2, len(levels), len(cutoffs)))
+    for at, level in enumerate(levels):
+        gains = np.maximum(0.0, 1 - place[chosen] / level)
+        values[0, at] = np.bincount(group, gains > 0) / counts @ places_in / level
+        ideal = np.cumsum((1 - np.arange(level) / level) * np.diff(discounts)[:level])
+        values[1, at] = np.bincount(group, gains) / counts @ discount_in / ideal[np.minimum(cutoffs, level) - 1]
+    return values
+
+
+def bootstrap_interval(values: np.ndarray, *, share: float = 0.95, draws: int = 2000, seed: int = 0) -> np.ndarray:
+    """[2, ...] percentile bootstrap interval of the mean over axis 0, the queries; NaN for a single query.
+
+    Queries are drawn with replacement, `draws` times; the interval holds the middle `share` of the means.
+    """
+    if len(values) < 2:
+        return np.full((2, *np.shape(values)[1:]), math.nan)
+    counts = np.random.default_rng(seed).multinomial(len(values), np.full(len(values), 1 / len(values)), size=draws)
+    means = np.tensordot(counts / len(values), values, axes=1)
+    return np.quantile(means, [(1 - share) / 2, (1 + share) / 2], axis=0)
+
+
+def score_retrieval(
+    scores: np.ndarray, truth: Rankings, levels: Sequence[int], cutoffs: Sequence[int] = ()
+) -> Retrieval:
+    """All the metrics of scores [Q, N] against the ground truth; those at k where there are `cutoffs`."""
     return Retrieval(
         tuple(levels),
         average_precision(scores, truth.rank, levels),
         overlap(scores, truth.rank, levels),
         spearman(scores, truth.rank),
+        tuple(cutoffs),
+        *(recall_and_ndcg(scores, truth.rank, levels, cutoffs) if cutoffs else (None, None)),
     )
 
 
 def embedding_retrieval(
-    queries: Tensor, images: Tensor, truth: Rankings, levels: Sequence[int], *, precision_only: bool = False
+    queries: Tensor,
+    images: Tensor,
+    truth: Rankings,
+    levels: Sequence[int],
+    cutoffs: Sequence[int] = (),
+    *,
+    precision_only: bool = False,
 ) -> Retrieval:
     """The metrics of the dot products of queries [Q, D] and images [N, D], a tile of queries at a time."""
     parts = []
@@ -142,16 +208,20 @@ def embedding_retrieval(
         if precision_only:
             parts.append(Retrieval(tuple(levels), average_precision(scores, tile.rank, levels)))
         else:
-            parts.append(score_retrieval(scores, tile, levels))
+            parts.append(score_retrieval(scores, tile, levels, cutoffs))
+    return joined(parts)
+
+
+def joined(parts: Sequence[Retrieval]) -> Retrieval:
+    """The metrics of several groups of queries as those of one."""
+
+    def together(name: str) -> np.ndarray | None:
+        arrays = [getattr(part, name) for part in parts]
+        return None if arrays[0] is None else np.concatenate(arrays)
+
+    fields = {name: together(name) for name in ("overlap", "spearman", "recall", "ndcg")}
     precision = np.concatenate([part.precision for part in parts])
-    if precision_only:
-        return Retrieval(tuple(levels), precision)
-    return Retrieval(
-        tuple(levels),
-        precision,
-        np.concatenate([part.overlap for part in parts if part.overlap is not None]),
-        np.concatenate([part.spearman for part in parts if part.spearman is not None]),
-    )
+    return Retrieval(parts[0].levels, precision, cutoffs=parts[0].cutoffs, **fields)
 
 
 def check_levels(levels: Sequence[int], candidates: int, images: int) -> None:

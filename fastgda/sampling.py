@@ -5,19 +5,21 @@ labelled 1. `PairSampler` does that. `BlockSampler` draws the same pairs for a f
 once and uses all the labelled pairs among the drawn queries and images; each pair is weighted by its probability under
 the paper's sampling over the probability that the block contains it (Horvitz-Thompson), so that the expected loss is
 the paper's. A step depends on (seed, step) only.
+
+A random subset of S of the K candidates may stand for all of them, ranked among themselves: resampled in each step (the
+paper's text), or drawn once for each query (the released code), where the others are as if the teacher had never seen
+them. Outliers are outside the K candidates either way: to be a candidate costs a nearest-neighbour search, no teacher.
 """
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 
+from fastgda.candidates import Outliers, fixed_subset, relevance_table, usable_outlier_prob
 from fastgda.rankings import Rankings, candidate_labels
-
-logger = logging.getLogger(__name__)
+from fastgda.recipes import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -35,43 +37,34 @@ class Step:
     relevance: np.ndarray
     """Like `label`."""
     weight: np.ndarray
-    """Like `label`."""
-
-
-class Outliers:
-    """Draws training images outside the candidates of a query, uniformly and without rejection."""
-
-    def __init__(self, rankings: Rankings, images: int) -> None:
-        """images: N."""
-        self.candidates, self.outside = rankings.candidates, images - rankings.candidates
-        # place j of a sorted row has (id_j - j) outsiders below it; adding a multiple of the row number makes the
-        # table ascend as a whole, so that one searchsorted serves pairs of any queries
-        kind = np.dtype(np.int32 if rankings.queries * (self.outside + 1) < 2**31 else np.int64)
-        below = np.sort(rankings.rank, axis=1).astype(kind)
-        below -= np.arange(self.candidates, dtype=kind)
-        below += (np.arange(rankings.queries) * (self.outside + 1)).astype(kind)[:, None]
-        self.below = below.ravel()
-
-    def draw(self, queries: np.ndarray, random: np.random.Generator) -> np.ndarray:
-        """[P] query rows -> [P] ids of images that are not among their candidates."""
-        if queries.size == 0:
-            return np.empty(0, dtype=np.int64)
-        which = random.integers(self.outside, size=queries.shape)
-        keys = (queries * (self.outside + 1) + which).astype(self.below.dtype)
-        return which + np.searchsorted(self.below, keys, side="right") - queries * self.candidates
+    """Like `label`; 0 where nothing is known of a pair."""
 
 
 class PairSampler:
     """The paper's i.i.d. pairs, `batch_size` a step."""
 
     def __init__(
-        self, rankings: Rankings, images: int, relevance: np.ndarray, *, batch_size: int, outlier_prob: float, seed: int
+        self,
+        rankings: Rankings,
+        images: int,
+        relevance: np.ndarray,
+        *,
+        batch_size: int,
+        outlier_prob: float,
+        seed: int,
+        known: np.ndarray | None = None,
+        resample: int = 0,
     ) -> None:
+        """images: N. relevance: of `relevance_table`. known [Q, K]: no outlier is among these; `rankings`' by default.
+
+        resample: S, the candidates that a ranking is thinned to in each step; 0 keeps all.
+        """
+        known = rankings.rank if known is None else known
         self.rankings, self.relevance = rankings, relevance
-        self.batch_size, self.seed = batch_size, seed
-        self.outlier_prob = usable_outlier_prob(rankings, images, outlier_prob)
-        self.outliers = Outliers(rankings, images)
-        self.labels = candidate_labels(rankings.candidates)
+        self.batch_size, self.seed, self.resample = batch_size, seed, resample
+        self.outlier_prob = usable_outlier_prob(known.shape[1], images, outlier_prob)
+        self.outliers = Outliers(known, images)
+        self.labels = candidate_labels(resample or rankings.candidates)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -86,14 +79,20 @@ class PairSampler:
         outlier = random.random(self.batch_size) < self.outlier_prob
         image = self.rankings.rank[query, place].astype(np.int64)
         image[outlier] = self.outliers.draw(query[outlier], random)
-        relevance = self.relevance[query if len(self.relevance) > 1 else 0, place]
+        thinned = place
+        if self.resample:
+            # of the S - 1 others in the subset of a pair, those ranked above it are hypergeometric in number
+            below = self.rankings.candidates - 1 - place
+            thinned = random.hypergeometric(place, below, self.resample - 1)
+        shared = len(self.relevance) == 1
+        relevance = self.relevance[0 if shared else query, thinned if shared else place]
         queries, rows = np.unique(query, return_inverse=True)
         images, columns = np.unique(image, return_inverse=True)
         return Step(
             queries,
             images,
             (rows, columns),
-            np.where(outlier, np.float32(1), self.labels[place]),
+            np.where(outlier, np.float32(1), self.labels[thinned]),
             np.where(outlier, np.float32(-np.inf), relevance),
             np.ones(self.batch_size, dtype=np.float32),
         )
@@ -112,13 +111,18 @@ class BlockSampler:
         image_block: int,
         outlier_prob: float,
         seed: int,
+        known: np.ndarray | None = None,
+        resample: int = 0,
     ) -> None:
+        """As in `PairSampler`."""
+        self.known = rankings.rank if known is None else known
         self.rankings, self.images, self.relevance = rankings, images, relevance
-        self.query_block, self.seed = min(query_block, rankings.queries), seed
+        self.query_block, self.seed, self.resample = min(query_block, rankings.queries), seed, resample
         self.draws = max(1, image_block // self.query_block)
-        self.outlier_prob = usable_outlier_prob(rankings, images, outlier_prob)
-        self.outliers = Outliers(rankings, images)
-        self.labels = candidate_labels(rankings.candidates)
+        self.outlier_prob = usable_outlier_prob(self.known.shape[1], images, outlier_prob)
+        self.outliers = Outliers(self.known, images)
+        self.candidates = resample or rankings.candidates
+        self.labels = candidate_labels(self.candidates)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -130,65 +134,103 @@ class BlockSampler:
         epoch, block = divmod(number, self.steps_per_epoch)
         order = np.random.default_rng((self.seed, epoch, 0)).permutation(self.rankings.queries)
         queries = np.sort(order[block * self.query_block : (block + 1) * self.query_block])
-        images = self.draw_images(queries, np.random.default_rng((self.seed, epoch, 1 + block)))
-        candidates = self.rankings.candidates
+        labelled, places = self.rankings.rank[queries], None
+        if self.resample:
+            places = self.draw_subsets(queries.size, np.random.default_rng((self.seed, epoch, 1 + block, 1)))
+            labelled = np.take_along_axis(labelled, places, axis=1)
+        images = self.draw_images(queries, labelled, np.random.default_rng((self.seed, epoch, 1 + block)))
         column = np.full(self.images, -1, dtype=np.int32)
         column[images] = np.arange(images.size, dtype=np.int32)
-        found = column[self.rankings.rank[queries]]
-        row, place = np.nonzero(found >= 0)
-        columns = found[row, place]
+        row, place, columns = _among(labelled, column)
 
         shape = (queries.size, images.size)
         label = np.ones(shape, dtype=np.float32)
         label[row, columns] = self.labels[place]
         relevance = np.full(shape, -np.inf, dtype=np.float32)
-        relevance[row, columns] = self.relevance[queries[row] if len(self.relevance) > 1 else 0, place]
-        inside, outside = self.draw_probabilities()
-        weight = np.full(shape, outside)
-        weight[row, columns] = inside
-        shared = np.bincount(columns, minlength=images.size)
-        weight /= self.inclusion(shared, queries.size)
-        return Step(queries, images, None, label, relevance, (weight * candidates).astype(np.float32))
+        if len(self.relevance) == 1:
+            relevance[row, columns] = self.relevance[0, place]
+        else:
+            relevance[row, columns] = self.relevance[queries[row], place if places is None else places[row, place]]
+        return Step(queries, images, None, label, relevance, self.weights(queries, column, row, columns, shape))
 
-    def draw_images(self, queries: np.ndarray, random: np.random.Generator) -> np.ndarray:
-        """Distinct ids, sorted, of the images that the block's queries draw, `draws` each."""
-        query = np.repeat(queries, self.draws)
-        image = self.rankings.rank[query, random.integers(self.rankings.candidates, size=query.size)].astype(np.int64)
-        outlier = random.random(query.size) < self.outlier_prob
-        image[outlier] = self.outliers.draw(query[outlier], random)
+    def draw_subsets(self, queries: int, random: np.random.Generator) -> np.ndarray:
+        """[queries, S] places of a random subset of each query's candidates, ascending."""
+        everything = np.tile(np.arange(self.rankings.candidates, dtype=np.int32), (queries, 1))
+        return np.sort(random.permuted(everything, axis=1)[:, : self.resample], axis=1)
+
+    def draw_images(self, queries: np.ndarray, labelled: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """Distinct ids, sorted, of the images that the block's queries draw, `draws` each; labelled [B, S]."""
+        row = np.repeat(np.arange(queries.size), self.draws)
+        image = labelled[row, random.integers(self.candidates, size=row.size)].astype(np.int64)
+        outlier = random.random(row.size) < self.outlier_prob
+        image[outlier] = self.outliers.draw(queries[row[outlier]], random)
         return np.unique(image)
 
-    def draw_probabilities(self) -> tuple[float, float]:
-        """Probability that one draw of a query gives a certain one of its candidates, or a certain outsider."""
-        outside = self.images - self.rankings.candidates
-        return (1 - self.outlier_prob) / self.rankings.candidates, self.outlier_prob / outside if outside else 0.0
+    def weights(
+        self, queries: np.ndarray, column: np.ndarray, row: np.ndarray, columns: np.ndarray, shape: tuple[int, int]
+    ) -> np.ndarray:
+        """[B, M] float32, in proportion to each pair's probability in the paper's sampling over that of its image here.
 
-    def inclusion(self, shared: np.ndarray, queries: int) -> np.ndarray:
-        """Probability that a block contains an image that is a candidate of `shared` of its `queries`: [M]."""
+        (row, columns): the pairs with a label. Candidates that a subset leaves out are neither labelled nor outliers.
+        """
         inside, outside = self.draw_probabilities()
-        missed = shared * np.log1p(-min(inside, 1 - 1e-12)) + (queries - shared) * np.log1p(-min(outside, 1 - 1e-12))
+        weight = np.full(shape, outside)
+        of = columns
+        if self.candidates < self.known.shape[1]:
+            rows, _, of = _among(self.known[queries], column)
+            weight[rows, of] = 0
+        weight[row, columns] = inside
+        labelled, known = (np.bincount(places, minlength=shape[1]) for places in (columns, of))
+        return (weight / self.inclusion(labelled, known, shape[0]) * self.candidates).astype(np.float32)
+
+    def draw_probabilities(self) -> tuple[float, float]:
+        """Probability that one draw of a query gives a certain one of its labelled candidates, or a certain outlier."""
+        outside = self.images - self.known.shape[1]
+        return (1 - self.outlier_prob) / self.candidates, self.outlier_prob / outside if outside else 0.0
+
+    def inclusion(self, labelled: np.ndarray, known: np.ndarray, queries: int) -> np.ndarray:
+        """[M] probability that a block contains an image that is a candidate of `known` of its queries.
+
+        labelled [M]: how many of those have it in their subset.
+        """
+        inside, outside = self.draw_probabilities()
+        missed = labelled * np.log1p(-min(inside, 1 - 1e-12)) + (queries - known) * np.log1p(-min(outside, 1 - 1e-12))
         return -np.expm1(self.draws * missed)
 
 
-def usable_outlier_prob(rankings: Rankings, images: int, outlier_prob: float) -> float:
-    """`outlier_prob`, or 0 with a warning where the rankings cover every training image."""
-    if outlier_prob and rankings.candidates == images:
-        logger.warning("outlier_prob %s is ignored: the rankings cover all %d images", outlier_prob, images)
-        return 0.0
-    return outlier_prob
+def make_sampler(config: TrainConfig, rankings: Rankings, images: int) -> PairSampler | BlockSampler:
+    """The sampler that `config` names, of rankings of N `images`."""
+    size, known = config.random_subset_size, rankings.rank
+    if size > rankings.candidates:
+        raise ValueError(f"--random_subset_size: expected at most the {rankings.candidates} candidates, found {size}")
+    if size == rankings.candidates:
+        size = 0
+    if size and config.subset == "fixed":
+        rankings, size = fixed_subset(rankings, size, config.seed), 0
+    relevance = relevance_table(rankings, config.relevance, size or None)
+    data = rankings, images, relevance
+    if config.sampling == "pairs":
+        return PairSampler(
+            *data,
+            batch_size=config.batch_size,
+            outlier_prob=config.outlier_prob,
+            seed=config.seed,
+            known=known,
+            resample=size,
+        )
+    return BlockSampler(
+        *data,
+        query_block=config.query_block,
+        image_block=config.image_block,
+        outlier_prob=config.outlier_prob,
+        seed=config.seed,
+        known=known,
+        resample=size,
+    )
 
 
-def relevance_table(rankings: Rankings, target: str) -> np.ndarray:
-    """Standardised influence of the candidates in their order: [Q, K] from `score`s, or [1, K] from `rank`s alone.
-
-    `score`: (score - mean) / deviation of each query. `rank`: the normal quantile of the rank, which is what a
-    normally distributed score would give and is untouched by heavy tails.
-    """
-    if target == "score":
-        if rankings.score is None:
-            raise ValueError("expected rankings with scores for --target score, found ranks only; use --target rank")
-        score = rankings.score.astype(np.float32)
-        deviation = score.std(axis=1, keepdims=True)
-        return (score - score.mean(axis=1, keepdims=True)) / np.maximum(deviation, 1e-12)
-    normal, size = NormalDist(), rankings.candidates
-    return np.array([[normal.inv_cdf(1 - (place + 0.5) / size) for place in range(size)]], dtype=np.float32)
+def _among(ranks: np.ndarray, column: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    # (row, place, column) of the ids in ranks [B, K] that column [N] gives a place in the block
+    found = column[ranks]
+    row, place = np.nonzero(found >= 0)
+    return row, place, found[row, place]

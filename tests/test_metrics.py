@@ -5,14 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from scipy.stats import sem, spearmanr
-from sklearn.metrics import average_precision_score
+from scipy.stats import bootstrap, sem, spearmanr
+from sklearn.metrics import average_precision_score, ndcg_score
 
 from fastgda.metrics import (
     average_precision,
+    bootstrap_interval,
     chance,
     embedding_retrieval,
     overlap,
+    recall_and_ndcg,
     score_retrieval,
     spearman,
     standard_error,
@@ -97,13 +99,49 @@ def test_overlap_against_sets(rng):
         np.testing.assert_allclose(overlap(scores, truth, (1, 7, 30))[:, column], expected)
 
 
+@pytest.mark.parametrize("values", [2, 5, 10_000])
+def test_ndcg_equals_scikit_learn_and_recall_the_sets(rng, values):
+    levels, cutoffs = (1, 7, 20), (1, 5, 20, 60)
+    scores = rng.integers(values, size=(4, 60)).astype(np.float32)
+    truth = np.argsort(rng.random((4, 60)), axis=1)[:, :30]
+    recall, ndcg = recall_and_ndcg(scores, truth, levels, cutoffs)
+    for query, row in enumerate(scores):
+        for at, level in enumerate(levels):
+            gain = np.zeros(60)
+            gain[truth[query, :level]] = 1 - np.arange(level) / level
+            for column, k in enumerate(cutoffs):
+                expected = ndcg_score(gain[None], row[None], k=k)
+                assert ndcg[query, at, column] == pytest.approx(expected, abs=1e-12)
+                orders = [np.lexsort((rng.random(60), -row))[:k] for _ in range(1 if values == 10_000 else 400)]
+                shares = [np.isin(order, truth[query, :level]).sum() / level for order in orders]
+                error = np.std(shares) / np.sqrt(len(shares))
+                assert abs(recall[query, at, column] - np.mean(shares)) <= 5 * error + 1e-12
+
+
+@pytest.mark.parametrize("cutoffs", [(), (0,), (5, 41)])
+def test_cutoffs_out_of_range(cutoffs):
+    with pytest.raises(ValueError, match=r"every k of recall@k in 1\.\.40"):
+        recall_and_ndcg(np.zeros((1, 40)), np.arange(30)[None], (3,), cutoffs)
+
+
+def test_bootstrap_interval_is_scipys(rng):
+    values = rng.exponential(size=(80, 2))
+    found = bootstrap_interval(values, draws=20_000)
+    expected = bootstrap((values,), np.mean, n_resamples=20_000, method="percentile", rng=rng).confidence_interval
+    spread = sem(values, axis=0)
+    np.testing.assert_allclose(found[0], expected.low, atol=0.05 * spread.max())
+    np.testing.assert_allclose(found[1], expected.high, atol=0.05 * spread.max())
+    np.testing.assert_array_equal(bootstrap_interval(values), bootstrap_interval(values))
+    assert np.isnan(bootstrap_interval(values[:1])).all()
+
+
 def test_embeddings_in_tiles_equal_scores_at_once(rng, monkeypatch):
     queries, images = rng.standard_normal((11, 6)), rng.standard_normal((50, 6))
     truth = from_scores(rng.standard_normal((11, 50)))
-    whole = score_retrieval((queries @ images.T).astype(np.float32), truth, (3, 9))
+    whole = score_retrieval((queries @ images.T).astype(np.float32), truth, (3, 9), (4, 50))
     monkeypatch.setattr("fastgda.metrics.TILE", 4)
-    tiled = embedding_retrieval(torch.from_numpy(queries), torch.from_numpy(images), truth, (3, 9))
-    for name in ("precision", "overlap", "spearman"):
+    tiled = embedding_retrieval(torch.from_numpy(queries), torch.from_numpy(images), truth, (3, 9), (4, 50))
+    for name in ("precision", "overlap", "spearman", "recall", "ndcg"):
         np.testing.assert_allclose(getattr(tiled, name), getattr(whole, name), atol=1e-9)
     quick = embedding_retrieval(torch.from_numpy(queries), torch.from_numpy(images), truth, (3, 9), precision_only=True)
     np.testing.assert_array_equal(quick.precision, tiled.precision)

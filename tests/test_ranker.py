@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+import shutil
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -86,6 +89,32 @@ def test_higher_dot_product_is_more_influential_for_either_sign(rng, scale):
     torch.testing.assert_close(ranker.embed(images).norm(dim=1), torch.ones(30))
 
 
+def test_several_heads_rank_by_one_inner_product(tmp_path, rng):
+    """The concatenated embedding ranks as the sum of the heads' logits does, and the checkpoint tells the heads."""
+    ranker = Ranker(replace(CONFIG, heads=3, residual=True)).eval()
+    with torch.no_grad():
+        ranker.scale.copy_(torch.tensor([-4.0, 1.5, -0.5]))
+        ranker.bias.copy_(torch.tensor([1.0, -2.0, 0.3]))
+    save_ranker(tmp_path / "r.pth", ranker)
+    read = load_ranker(tmp_path / "r.pth")
+    assert read.config == ranker.config and read.config.embedding_dim == 15
+    images, queries = (rng.standard_normal((count, 10)).astype(np.float32) for count in (40, 5))
+    logits = torch.zeros(5, 40)
+    parts = [ranker.mlp(torch.from_numpy(rows)).detach().reshape(-1, 3, 5) for rows in (queries, images)]
+    for head in range(3):
+        left, right = (torch.nn.functional.normalize(part[:, head], dim=1) for part in parts)
+        logits += ranker.scale[head].detach() * (left @ right.T) + ranker.bias[head].detach()
+    influence = read.embed_queries(queries) @ read.embed(images).T
+    torch.testing.assert_close(read.embed(images).norm(dim=1), torch.ones(40))
+    assert influence.abs().max() <= 1
+    assert np.corrcoef(influence.ravel(), -logits.ravel())[0, 1] == pytest.approx(1, abs=1e-6)
+    similarity = ranker.similarity(*(ranker(torch.from_numpy(rows)) for rows in (queries, images)))
+    torch.testing.assert_close(ranker.logits(similarity).sum(dim=0), logits)
+    places = torch.tensor([4, 0]), torch.tensor([7, 39])
+    some = ranker.similarity(*(ranker(torch.from_numpy(rows)) for rows in (queries, images)), places)
+    torch.testing.assert_close(some, similarity[:, places[0], places[1]])
+
+
 def test_initial_similar_pairs_have_a_small_rank():
     ranker = Ranker(CONFIG)
     similar, neutral = torch.sigmoid(ranker.logits(torch.tensor([1.0, 0.0])))
@@ -132,6 +161,7 @@ def test_damaged_checkpoints(tmp_path, capsys):
         ({"head.weight": torch.zeros(1)}, "head.weight"),
         ({"mlp.output_layer.bias": torch.full((5,), torch.nan)}, "NaN or infinity in mlp.output_layer.bias"),
         ({"mlp.layers.0.weight": torch.zeros(3)}, "no matrices"),
+        ({"scale": torch.zeros(2), "bias": torch.zeros(2)}, "5 outputs, which 2 heads do not share equally"),
     ):
         changed = {name: value for name, value in {**state, **change}.items() if value is not None}
         torch.save(changed, path)
@@ -148,7 +178,44 @@ def test_wrong_feature_dimension(tmp_path):
         load_ranker(tmp_path / "r.pth", in_dim=12)
 
 
-@pytest.mark.parametrize("change", [{"dropout": 1.0}, {"hidden_sizes": (0,)}, {"input_norm": "group"}])
+@pytest.mark.parametrize("change", [{"dropout": 1.0}, {"hidden_sizes": (0,)}, {"input_norm": "group"}, {"heads": 0}])
 def test_impossible_architectures(change):
     with pytest.raises(ValueError, match="expected"):
         replace(CONFIG, **change)
+
+
+def test_hub_folder_holds_the_checkpoint(tmp_path, rng):
+    ranker = Ranker(replace(CONFIG, heads=2, input_norm="layer"))
+    ranker.info = {"ftype": "effnet"}
+    ranker.save_pretrained(tmp_path / "hub")
+    read = Ranker.from_pretrained(tmp_path / "hub")
+    assert read.config == ranker.config and read.info == {"ftype": "effnet"} and not read.training
+    features = rng.standard_normal((6, 10)).astype(np.float32)
+    assert torch.equal(read.embed_queries(features), ranker.embed_queries(features))
+    assert json.loads((tmp_path / "hub/config.json").read_text())["hidden_sizes"] == [8, 7, 6]
+    assert "data-attribution" in (tmp_path / "hub/README.md").read_text()
+
+
+def test_push_to_hub_uploads_that_folder(tmp_path, monkeypatch):
+    """The hub's client is replaced by a folder: no test reaches the hub."""
+
+    class FolderHub:
+        def __init__(self, token=None):
+            pass
+
+        def create_repo(self, repo_id, **_):
+            return SimpleNamespace(repo_id=repo_id)
+
+        def upload_folder(self, *, repo_id, folder_path, **_):
+            return str(shutil.copytree(folder_path, tmp_path / repo_id))
+
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", FolderHub)
+    ranker = Ranker(CONFIG)
+    url = ranker.push_to_hub("someone/ranker")
+    state = Ranker.from_pretrained(url).state_dict()
+    assert all(torch.equal(state[name], value) for name, value in ranker.state_dict().items())
+
+
+def test_hub_folder_without_a_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match=r"ranker\.pth: expected a file, found nothing"):
+        Ranker.from_pretrained(tmp_path)

@@ -12,7 +12,10 @@ import pytest
 from planted import LEVELS, write_planted
 
 from fastgda.core import manifest_path, save_npy, write_manifest
+from fastgda.index import FlatIndex
+from fastgda.metrics import average_precision
 from fastgda.ranker import load_ranker
+from fastgda.rankings import load_rankings
 
 train = importlib.import_module("train")
 evaluation = importlib.import_module("eval")
@@ -73,6 +76,51 @@ def test_train_then_evaluate(world, capsys):
     assert [line for line in printed.splitlines() if line.startswith("tuned")] == [
         line for line in again.splitlines() if line.startswith("tuned")
     ]
+
+
+def test_index_and_values_per_query(world, capsys):
+    """A flat index retrieves as exact search does; the CSV's means over queries are the report's."""
+    images = np.load(world / "data/feats/planted/data_feats.npy")
+    assert train.main(train_arguments(world, "--epochs", "1", "--loss", "ordinal")) == 0
+    ranker = load_ranker(world / "r.pth")
+    assert ranker.config.heads == 9
+    FlatIndex.build(ranker.embed(images).numpy()).save(world / "r.index", command="test")
+    more = ["--checkpoint", str(world / "r.pth"), "--index", str(world / "r.index"), "--output", str(world / "report")]
+    assert evaluation.main(eval_arguments(world, *more, "--per_query", str(world / "queries.csv"))) == 0
+    document = json.loads((world / "report.json").read_text())
+    by_method = {row["method"]: row for row in document["rows"]}
+    exact, index = by_method["tuned"], by_method["index"]
+    for name in ("mAP", "recall", "ndcg", "overlap", "interval"):
+        for level in map(str, LEVELS):
+            assert index[name][level] == pytest.approx(exact[name][level], abs=2e-3)
+    with open(world / "queries.csv") as handle:
+        lines = list(csv.DictReader(handle))
+    assert len(lines) == 4 * 30 * len(LEVELS)
+    for row in (by_method["untuned"], exact, by_method["popularity"]):
+        for level in map(str, LEVELS):
+            mine = [line for line in lines if (line["method"], line["L"]) == (row["method"], level)]
+            assert [int(line["query"]) for line in mine] == list(range(30))
+            means = {key: np.mean([float(line[key]) for line in mine]) for key in ("AP", "recall@100", "NDCG@10")}
+            assert means["AP"] == pytest.approx(row["mAP"][level])
+            assert means["recall@100"] == pytest.approx(row["recall"][level]["100"])
+            assert means["NDCG@10"] == pytest.approx(row["ndcg"][level]["10"])
+            low, high = row["interval"][level]
+            assert low < means["AP"] < high
+
+    shallow = eval_arguments(world, *more[:4], "--index_depth", "50", "--output", str(world / "shallow"))
+    assert evaluation.main(shallow) == 0
+    rows = json.loads((world / "shallow.json").read_text())["rows"]
+    found = next(row for row in rows if row["method"] == "index")
+    level = str(LEVELS[0])
+    assert found["recall"][level]["10"] == pytest.approx(exact["recall"][level]["10"], abs=1e-2)
+    scores = (ranker.embed_queries(np.load(world / FEATURES / "test_query_feats.npy")) @ ranker.embed(images).T).numpy()
+    scores[scores < np.sort(scores, axis=1)[:, -50:-49]] = -9
+    truth = load_rankings(world / "data/influence_test.npz", 600).rank
+    assert found["mAP"][level] == pytest.approx(average_precision(scores, truth, LEVELS)[:, 0].mean(), abs=2e-3)
+    capsys.readouterr()
+    FlatIndex.build(images[:-1]).save(world / "other.index", command="test")
+    assert evaluation.main(eval_arguments(world, "--index", str(world / "other.index"))) == 2
+    assert "an index of the 600 training images, found one of 599" in capsys.readouterr().err
 
 
 def test_untuned_comparison_of_feature_types(world, capsys, rng):

@@ -12,7 +12,8 @@ from planted import LEVELS, planted
 from fastgda.dataset import Split, normalise
 from fastgda.metrics import chance, embedding_retrieval
 from fastgda.rankings import labels
-from fastgda.trainer import RECIPES, TrainConfig, Trainer
+from fastgda.recipes import RECIPES, TrainConfig
+from fastgda.trainer import Trainer
 
 CPU = torch.device("cpu")
 SMALL = TrainConfig(
@@ -61,7 +62,11 @@ def test_a_step_has_the_loss_of_a_slow_loop(problem, tmp_path, sampling):
 
 @pytest.mark.parametrize(
     "change",
-    [{}, {"sampling": "pairs", "batch_size": 2048, "epochs": 2, "input_norm": "batch"}, {"schedule": "cosine"}],
+    [
+        {"schedule": "cosine", "random_subset_size": 40, "subset": "fixed"},
+        {"sampling": "pairs", "batch_size": 2048, "epochs": 2, "input_norm": "batch"},
+        {"ema": 0.9, "random_subset_size": 40, "loss": "ordinal"},
+    ],
 )
 def test_killed_and_resumed_is_the_identical_run(problem, tmp_path, change):
     config = replace(SMALL, **change)
@@ -118,13 +123,27 @@ def test_best_validation_state_is_kept_and_patience_stops(problem, tmp_path):
     assert found.precision.mean() == pytest.approx(max(scores), abs=1e-6)
 
 
+def test_average_of_the_weights(problem, tmp_path):
+    """The first weights, then decay * average + (1 - decay) * weights; what is validated is the average."""
+    trainer = make_trainer(problem, replace(SMALL, ema=0.8, lr=0.1), tmp_path)
+    expected: dict[str, torch.Tensor] = {}
+    for number in range(4):
+        trainer._update(trainer.sampler.step(number))
+        for name, value in trainer.ranker.state_dict().items():
+            expected[name] = 0.8 * expected[name] + 0.2 * value if name in expected else value.clone()
+    trainer._validate(0, None)
+    for name, value in trainer.best_state.items():
+        torch.testing.assert_close(value, expected[name])
+        assert not torch.equal(value, trainer.ranker.state_dict()[name])
+
+
 def test_diverging_run_is_an_error(problem, tmp_path):
     config = replace(SMALL, lr=1e30)
     with pytest.raises(ValueError, match="the loss became"):
         make_trainer(problem, config, tmp_path).run()
 
 
-@pytest.mark.parametrize("option", [{"bf16": True}, {"input_norm": "batch"}, {"hidden_sizes": ()}])
+@pytest.mark.parametrize("option", [{"bf16": True}, {"input_norm": "batch"}, {"loss": "ordinal", "sampling": "pairs"}])
 def test_options_train(problem, tmp_path, option):
     trainer = make_trainer(problem, replace(SMALL, lr=1e-2, **option), tmp_path)
     trainer.run()
@@ -132,8 +151,10 @@ def test_options_train(problem, tmp_path, option):
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("loss", ["bce", "listwise"])
-@pytest.mark.parametrize("hidden_sizes", [(), (64,)])
+@pytest.mark.parametrize(
+    ("loss", "hidden_sizes"),
+    [("bce", ()), ("bce", (64,)), ("listwise", ()), ("listwise", (64,)), ("mse", ()), ("ordinal", ()), ("score", ())],
+)
 def test_planted_problem_is_solved(problem, tmp_path, loss, hidden_sizes):
     """Scientific floor: the influence is a linear map away from the feature; chance and untuned are far below."""
     images, splits = problem
@@ -178,6 +199,8 @@ def test_untrained_random_embedding_is_at_chance(problem):
         ({"lr": float("nan")}, "--lr: expected a positive number"),
         ({"outlier_prob": 1.0}, "--outlier_prob"),
         ({"weight_decay": -1.0}, "--weight_decay"),
+        ({"ema": 1.0}, "--ema: expected a decay below 1"),
+        ({"random_subset_size": -1}, "--random_subset_size: expected zero or more"),
         ({"loss": "listwise", "sampling": "pairs"}, "--loss listwise: expected --sampling blocks"),
     ],
 )
