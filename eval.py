@@ -37,11 +37,11 @@ def candidates(args: argparse.Namespace) -> list[Candidate]:
     index = None
     if args.index is not None:
         # imported here, because evaluation needs no FAISS otherwise
-        from fastgda.index import FlatIndex
+        from fastgda.index import Index
 
         if len(args.ftype) > 1:
             raise ValueError(f"--index: expected one --ftype with it, found {len(args.ftype)}")
-        index = FlatIndex.load(args.index)
+        index = Index(args.index)
     return [
         Candidate(ftype, layout(args.mode, ftype, args.data_dir, args.feature_dir), group, index, args.index_depth)
         for ftype, group in zip(args.ftype, groups, strict=True)

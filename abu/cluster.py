@@ -7,6 +7,7 @@ pieces that were being computed. A worker that dies is replaced; a piece is trie
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -20,7 +21,9 @@ from tqdm import tqdm
 from abu.plan import Collection, Task
 from fastgda.core import ROOT
 
-POLL_SECONDS = 10.0
+PATIENCE = 60.0
+"""Seconds without any worker after which the wait is reported."""
+log = logging.getLogger(__name__)
 
 
 class Worker(Protocol):
@@ -38,17 +41,21 @@ class ClusterConfig:
     """Worker processes."""
     address: str | None = None
     """Address of a running Ray cluster; by default one is started on this machine."""
+    threads: int | None = None
+    """Processors of each worker; by default an equal share of this machine's."""
     attempts: int = 3
     """Times a piece is tried before it is given up."""
 
     def __post_init__(self) -> None:
-        if self.workers < 1 or self.attempts < 1:
-            raise ValueError(f"expected at least one worker and attempt, found {self.workers} and {self.attempts}")
+        for name, value in (("workers", self.workers), ("threads", self.threads), ("attempts", self.attempts)):
+            if value is not None and value < 1:
+                raise ValueError(f"--{name}: expected at least 1, found {value}")
 
 
 def add_cluster_flags(parser: argparse.ArgumentParser) -> None:
     """`--workers` and `--address`, which every command with a plan takes."""
     parser.add_argument("--workers", type=int, help="Ray workers (default: this process, without Ray)")
+    parser.add_argument("--threads", type=int, help="processors of each worker (default: an equal share)")
     parser.add_argument("--address", help="a running Ray cluster (default with --workers: one on this machine)")
 
 
@@ -56,7 +63,7 @@ def cluster_from(args: argparse.Namespace) -> ClusterConfig | None:
     """What the flags say; `None` for this process alone."""
     if args.workers is None and args.address is None:
         return None
-    return ClusterConfig(1 if args.workers is None else args.workers, args.address)
+    return ClusterConfig(1 if args.workers is None else args.workers, args.address, args.threads)
 
 
 class _Actor:
@@ -80,9 +87,10 @@ class Pool:
     def __init__(self, build: Callable[[], Worker], config: ClusterConfig) -> None:
         """`build` makes a worker; it is pickled by reference, so this repository must be importable on every node."""
         self.ray, self.build, self.config = _import_ray(), build, config
-        self.threads = max(1, (os.cpu_count() or 1) // config.workers)
+        self.threads = config.threads or max(1, (os.cpu_count() or 1) // config.workers)
         self.running: dict[Any, tuple[Any, Any, int]] = {}
         self.starting: dict[Any, Any] = {}
+        self.actors: list[Any] = []
         self.broken = 0
 
     def __enter__(self) -> Pool:
@@ -93,7 +101,7 @@ class Pool:
                 address=self.config.address,
                 include_dashboard=False if self.config.address is None else None,
                 log_to_driver=False,
-                logging_level="ERROR",
+                logging_level=logging.ERROR,
                 runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
                 **(local if self.config.address is None else {}),
             )
@@ -103,7 +111,7 @@ class Pool:
         if self.started:
             self.ray.shutdown()
             return
-        for actor in [*self.starting.values(), *(actor for actor, _, _ in self.running.values())]:
+        for actor in self.actors:
             self.ray.kill(actor)
 
     def run(
@@ -122,7 +130,9 @@ class Pool:
                 piece, attempt = waiting.popleft()
                 actor = idle.popleft()
                 self.running[actor.compute.remote(piece)] = (actor, piece, attempt)
-            ready, _ = self.ray.wait([*self.running, *self.starting], num_returns=1, timeout=POLL_SECONDS)
+            ready, _ = self.ray.wait([*self.running, *self.starting], num_returns=1, timeout=PATIENCE)
+            if not ready and not self.running:
+                log.warning("waiting for the cluster to have room for a worker of %d processors", self.threads)
             for reference in ready:
                 if reference in self.starting:
                     idle.extend(self._started(reference))
@@ -149,6 +159,7 @@ class Pool:
         gpus = 1 if torch.cuda.is_available() else 0
         remote = self.ray.remote(num_cpus=self.threads, num_gpus=gpus)(_Actor)
         actor = remote.remote(self.build, self.threads)
+        self.actors.append(actor)
         self.starting[actor.ready.remote()] = actor
 
     def _started(self, reference: Any) -> list[Any]:

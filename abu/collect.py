@@ -48,7 +48,7 @@ class CollectConfig:
     """Draws per timestep bin, run and pass for each training image: one antithetic pair."""
     query_draws: int = 8
     """Draws per bin and run for each training query."""
-    judged_query_draws: int = 40
+    judged_query_draws: int = 24
     """The same for validation and test queries, which judge the ranker."""
     sketch: int = 38_400
     """Numbers kept of each whitened gradient."""

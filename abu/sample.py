@@ -62,7 +62,7 @@ class SampleConfig:
     """How queries are drawn and sampled."""
 
     steps: int = 50
-    guidance: float = 2.0
+    guidance: float = 3.0
     """Weight w of ε_∅ + w (ε_c − ε_∅); the empty caption is all-zero token states."""
     min_sets: int = 3
     """A concept must be drawn in this many sets to become a query."""

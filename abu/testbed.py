@@ -109,7 +109,7 @@ TESTBEDS = {
         AutoencoderConfig(),
         LoopConfig(steps=2600, batch_size=64, learning_rate=1.5e-3, ema=0.999, bf16=True),
         DiffusionConfig(prediction="v_prediction"),
-        LoopConfig(steps=20_000, batch_size=64, learning_rate=1e-3, warmup=300, ema=0.9995),
+        LoopConfig(steps=16_000, batch_size=64, learning_rate=1e-3, warmup=300, ema=0.9995),
         {"test": (110, 1), "val": (60, 1), "train": (1200, 1)},
     ),
     "emoji-mini": Testbed(

@@ -185,7 +185,7 @@ def run_piece(config: ScaleConfig, rows: Synthetic, factory: str, truth: Path) -
 
 def run(config: ScaleConfig) -> dict[str, Any]:
     """All pieces, those on disk reused; the report."""
-    key = {"embedding": sha256_file(config.embedding), "queries": sha256_file(config.queries)}
+    key: dict[str, Any] = {"embedding": sha256_file(config.embedding), "queries": sha256_file(config.queries)}
     key |= {"counts": [config.query_count, config.k, config.clients], "recall": config.recall}
     embedding, asked = (load_npy(path, (None, None), finite=True) for path in (config.embedding, config.queries))
     pieces = []

@@ -16,6 +16,7 @@ import argparse
 import hashlib
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
@@ -146,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     testbed, config = TESTBEDS[args.mode], RetrainConfig()
     collection, table = collection_of(testbed, config), read_split(testbed.data, "data")
-    plans = {
+    plans: dict[str, Callable[[int], list[Retraining]]] = {
         "halves": partial(random_halves, len(table)),
         "reference": references,
         "creators": partial(without_creators, table.sets),

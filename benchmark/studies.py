@@ -80,7 +80,7 @@ def features(problem: Problem) -> list[Setting]:
 
 
 def losses(problem: Problem) -> list[Setting]:
-    """Every loss; those that model a rank or a score start from the paper's scale.
+    """Every loss; those that model a rank start from the paper's scale, and `score` where cosines span its deviations.
 
     The heads of the ordinal loss share the dimension of the embedding, so that all losses retrieve in the same space.
     """
@@ -88,7 +88,7 @@ def losses(problem: Problem) -> list[Setting]:
     for name in ("bce", "mse", "ordinal", "score", "listwise"):
         changes: dict[str, Any] = {"loss": name}
         if name != problem.base.loss:
-            changes |= {"init_scale": TrainConfig.init_scale}
+            changes |= {"init_scale": -3.0 if name == "score" else TrainConfig.init_scale}
         if name in HEADS:
             changes |= {"out_feat_dim": -(-problem.base.out_feat_dim // HEADS[name])}
         settings.append(Setting(name, changes=changes))
@@ -108,7 +108,8 @@ def queries(problem: Problem) -> list[Setting]:
 def subset(problem: Problem) -> list[Setting]:
     """Candidates per query, both ways of choosing them."""
     return [
-        Setting(size, kind, changes={"random_subset_size": size, "subset": kind})
+        # all candidates are no subset, however chosen: the base's run
+        Setting(size, kind, changes={"random_subset_size": size, "subset": kind} if size < problem.candidates else {})
         for kind in ("resampled", "fixed")
         for size in (max(1, round(share * problem.candidates)) for share in SUBSET_SHARES)
     ]
@@ -163,7 +164,8 @@ def _draw_study(axis: Axes, document: dict[str, Any]) -> None:
                 label=f"L = {level} {series}".strip(),
             )
         untuned = [next(run["untuned"][level] for run in runs if run["x"] == x) for x in names]
-        axis.plot(range(len(names)) if named else names, untuned, ":" if not named else "_", color=f"C{color}")
+        label = None if color else "untuned"
+        axis.plot(range(len(names)) if named else names, untuned, "_" if named else ":", color=f"C{color}", label=label)
     if named:
         axis.set_xticks(range(len(names)), names, rotation=20)
     elif document["study"] != "outliers":

@@ -1,6 +1,6 @@
 """Writes the released data's layout at any size, planted so that a known ranker is optimal.
 
-    python tests/released_layout.py data/coco       # full size: 118,287 x 1280 features, 5,000 x 10,000 rankings; 3 GB
+    PYTHONPATH=. python tests/released_layout.py FOLDER   # 118,287 x 1280 features, 5,000 x 10,000 rankings; 3 GB
 
 The teacher's score is the cosine in a few hidden directions of the feature. Two ReLU units carry each direction through
 the hidden layers, one for each sign, so the released architecture can represent the teacher exactly.
@@ -70,15 +70,15 @@ def optimal_ranker(map_: np.ndarray, width: int) -> Ranker:
     """The ranker whose embedding is the feature's image under `map_` [D, hidden], which takes 2 * hidden <= width."""
     dim, hidden = map_.shape
     ranker = Ranker(RankerConfig(dim, (width, width, width), width)).eval()
-    with torch.no_grad():
-        for parameter in ranker.mlp.parameters():
-            parameter.zero_()
-        first, second, third = (layer.weight for layer in ranker.mlp.layers)
-        directions = torch.from_numpy(map_.T)
-        first[: 2 * hidden] = torch.cat([directions, -directions])
-        for weight in (second, third):
-            weight[: 2 * hidden, : 2 * hidden] = torch.eye(2 * hidden)
-        ranker.mlp.output_layer.weight[:hidden, : 2 * hidden] = torch.cat([torch.eye(hidden), -torch.eye(hidden)], 1)
+    weights = ranker.mlp.state_dict()
+    for value in weights.values():
+        value.zero_()
+    directions, unit = torch.from_numpy(map_.T), torch.eye(2 * hidden)
+    weights["layers.0.weight"][: 2 * hidden] = torch.cat([directions, -directions])
+    for name in ("layers.1.weight", "layers.2.weight"):
+        weights[name][: 2 * hidden, : 2 * hidden] = unit
+    weights["output_layer.weight"][:hidden, : 2 * hidden] = unit[:hidden] - unit[hidden:]
+    ranker.mlp.load_state_dict(weights)
     return ranker
 
 

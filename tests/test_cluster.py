@@ -7,18 +7,19 @@ import os
 # Ray binds to the loopback address only if this is set before it is imported.
 os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "disabled"}
 
+import logging
 import signal
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import ray
+from ray.cluster_utils import Cluster
 
 from abu.cluster import ClusterConfig, Pool, run_plan
 from abu.plan import Collection, cut
-
-ray = pytest.importorskip("ray")
-ray_cluster = pytest.importorskip("ray.cluster_utils")
 
 PIECES = cut("pass", "0", 40, 5)
 
@@ -48,11 +49,11 @@ def refuse() -> Worker:
 @pytest.fixture(scope="module")
 def nodes():
     """A Ray cluster of two nodes with one processor each."""
-    small = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
-    cluster = ray_cluster.Cluster(initialize_head=True, head_node_args=small)
+    small: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args=small)
     second = cluster.add_node(**small)
     environment = {"env_vars": {"PYTHONPATH": f"{Path(__file__).parents[1]}:{Path(__file__).parent}"}}
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR", runtime_env=environment)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment)
     yield cluster, second
     ray.shutdown()
     cluster.shutdown()
@@ -79,7 +80,7 @@ def stored(collection):
 def test_pieces_survive_failures_and_killed_workers(nodes, orders, collection):
     (orders / PIECES[1].name).write_text("die")
     (orders / PIECES[4].name).write_text("fail")
-    run_plan(partial(Worker, orders), collection, PIECES, ClusterConfig(2))
+    run_plan(partial(Worker, orders), collection, PIECES, ClusterConfig(2, threads=1))
     assert np.array_equal(stored(collection), np.arange(40) ** 2)
     lines = (collection.folder / "failed.jsonl").read_text()
     assert PIECES[1].name in lines and "told to fail" in lines
@@ -90,17 +91,17 @@ def test_a_piece_that_always_fails_is_given_up_and_tried_again_by_the_next_call(
     order = orders / PIECES[2].name
     order.write_text("always")
     with pytest.raises(ValueError, match=f"gave up 1 after 2 attempts each, {PIECES[2].name}"):
-        run_plan(partial(Worker, orders), collection, PIECES, ClusterConfig(2, attempts=2))
+        run_plan(partial(Worker, orders), collection, PIECES, ClusterConfig(2, threads=1, attempts=2))
     assert collection.missing(PIECES) == [PIECES[2]]
     assert "told to fail" in collection.failures()[PIECES[2].name]
     order.unlink()
-    run_plan(partial(Worker, orders), collection, PIECES, ClusterConfig(1))
+    run_plan(partial(Worker, orders), collection, PIECES, ClusterConfig(1, threads=1))
     assert np.array_equal(stored(collection), np.arange(40) ** 2)
 
 
 def test_workers_that_cannot_start_say_why(nodes, collection):
     with pytest.raises(ValueError, match="no model here"):
-        run_plan(refuse, collection, PIECES, ClusterConfig(2))
+        run_plan(refuse, collection, PIECES, ClusterConfig(2, threads=1))
 
 
 def test_a_node_may_leave(nodes, orders, collection):
@@ -113,6 +114,6 @@ def test_a_node_may_leave(nodes, orders, collection):
         if len(finished) == 1:
             cluster.remove_node(second)
 
-    with Pool(partial(Worker, orders), ClusterConfig(2)) as pool:
+    with Pool(partial(Worker, orders), ClusterConfig(2, threads=1)) as pool:
         assert pool.run(PIECES, done, collection.failed) == []
     assert np.array_equal(stored(collection), np.arange(40) ** 2)

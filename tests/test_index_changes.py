@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from index_world import IDS, N, build, creator, exhaustive, queries, source, vectors
 
+from fastgda.core import ROOT
 from fastgda.index import FlatIndex, Index, SegmentConfig, Settings, store
 from fastgda.index.journal import JOURNAL, exclusive
 
@@ -28,20 +30,19 @@ def assert_holds(index: Index, rows: np.ndarray) -> None:
     assert len(index) == len(rows)
 
 
-def killed(action: Callable[[], object]) -> None:
-    """Runs `action`, which must end in SIGKILL, in a copy of this process."""
-    if (child := os.fork()) == 0:
-        try:
-            action()
-        finally:
-            os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-
-
-def kill_instead(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """Lets a process that reaches `store.<name>` be killed there."""
-    monkeypatch.setattr(store, name, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+def killed(path: Path, action: str, where: str) -> None:
+    """Opens the index in another process, which does `action` and is killed when it reaches `where` (a dotted name)."""
+    program = f"""
+import os, signal
+from index_world import IDS, source
+from fastgda.index import Index, SegmentConfig, store
+index = Index({str(path)!r})
+{where} = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+{action}
+"""
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, check=False)
+    assert done.returncode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("config", [SegmentConfig(), LOSSY], ids=lambda config: config.factory)
@@ -162,20 +163,18 @@ def test_concurrent_searches_see_whole_states_and_no_removed_image(tmp_path: Pat
 
 
 @pytest.mark.parametrize("operation", ["remove", "add", "rebuild"])
-def test_kill_between_journal_and_swap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str) -> None:
+def test_kill_between_journal_and_swap(tmp_path: Path, operation: str) -> None:
     """The line counts: whoever opens the index next, or has it open, sees the change."""
     index = build(tmp_path / "x", LOSSY, range(200))
     index.remove(IDS[:20], command="test")
     server = Index(tmp_path / "x")
     rows = {"remove": np.arange(40, 200), "add": np.arange(20, 240), "rebuild": np.arange(20, 200)}[operation]
     action = {
-        "remove": lambda: index.remove(IDS[20:40], command="test"),
-        "add": lambda: index.add(source(range(200, 240)), command="test"),
-        "rebuild": lambda: index.rebuild(LOSSY, command="test"),
+        "remove": 'index.remove(IDS[20:40], command="test")',
+        "add": 'index.add(source(range(200, 240)), command="test")',
+        "rebuild": f'index.rebuild(SegmentConfig({LOSSY.factory!r}), command="test")',
     }[operation]
-    with monkeypatch.context() as patch:
-        kill_instead(patch, "write_checkpoint")
-        killed(action)
+    killed(tmp_path / "x", action, "store.write_checkpoint")
     assert json.loads((tmp_path / "x" / "manifest.json").read_text())["state"]["line"] == 2
     for opened in (server, Index(tmp_path / "x")):
         assert_holds(opened, rows)
@@ -184,12 +183,10 @@ def test_kill_between_journal_and_swap(tmp_path: Path, monkeypatch: pytest.Monke
     assert_holds(Index(tmp_path / "x"), rows[rows != 150])
 
 
-def test_kill_before_the_journal_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kill_before_the_journal_changes_nothing(tmp_path: Path) -> None:
     """A segment that was moved in place but not written down is not part of the index and is swept away."""
     index = build(tmp_path / "x", LOSSY, range(200))
-    with monkeypatch.context() as patch:
-        patch.setattr(store.Journal, "append", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-        killed(lambda: index.add(source(range(200, 240)), command="test"))
+    killed(tmp_path / "x", 'index.add(source(range(200, 240)), command="test")', "store.Journal.append")
     assert len(list((tmp_path / "x" / "segments").iterdir())) == 2
     assert_holds(Index(tmp_path / "x"), np.arange(200))
     index.add(source(range(200, 220)), command="test")
@@ -209,11 +206,9 @@ def test_torn_line_is_passed_over_and_overwritten(tmp_path: Path) -> None:
     assert json.loads(lines[1])["removed"] == [IDS[0]]
 
 
-def test_changed_journals_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    index = build(tmp_path / "x", SegmentConfig(), range(50))
-    with monkeypatch.context() as patch:
-        kill_instead(patch, "write_checkpoint")
-        killed(lambda: index.remove(IDS[:1], command="test"))
+def test_changed_journals_are_refused(tmp_path: Path) -> None:
+    build(tmp_path / "x", SegmentConfig(), range(50))
+    killed(tmp_path / "x", 'index.remove(IDS[:1], command="test")', "store.write_checkpoint")
     path = tmp_path / "x" / JOURNAL
     whole = path.read_text()
     assert str(IDS[0]) in whole
@@ -257,14 +252,10 @@ def test_changes_during_a_rebuild_survive_it(tmp_path: Path, monkeypatch: pytest
         index.rebuild(LOSSY, command="test")
 
 
-def test_killed_rebuild_does_not_bring_back_what_was_removed_since(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_rebuild_does_not_bring_back_what_was_removed_since(tmp_path: Path) -> None:
     index = build(tmp_path / "x", SegmentConfig(), range(100))
     index.remove(IDS[:10], command="test")
-    with monkeypatch.context() as patch:
-        patch.setattr(Index, "_commit_built", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
-        killed(lambda: index.rebuild(SegmentConfig(), command="test"))
+    killed(tmp_path / "x", 'index.rebuild(SegmentConfig(), command="test")', "Index._commit_built")
     index.remove(IDS[10:20], command="test")
     index.rebuild(SegmentConfig(), command="test")
     assert_holds(Index(tmp_path / "x"), np.arange(20, 100))

@@ -53,7 +53,7 @@ def test_a_cut_off_run_goes_on(
     run = ["--embedding", str(tmp_path / "rows.npy"), "--queries", str(tmp_path / "asked.npy"), "--sizes", "400"]
     run += ["--dims", "16", "--query_count", "24", "--k", "10", "--clients", "2", "--work", str(tmp_path / "work")]
     run += ["--output", str(tmp_path / "out.json"), "--factories", "Flat", "IVF{lists},SQ8"]
-    run_piece, done = index_scale.run_piece, []
+    run_piece, done = index_scale.run_piece, list[str]()
 
     def once(config: index_scale.ScaleConfig, rows: Synthetic, factory: str, truth: Path) -> dict:
         if done:

@@ -108,10 +108,11 @@ def test_several_heads_rank_by_one_inner_product(tmp_path, rng):
     torch.testing.assert_close(read.embed(images).norm(dim=1), torch.ones(40))
     assert influence.abs().max() <= 1
     assert np.corrcoef(influence.ravel(), -logits.ravel())[0, 1] == pytest.approx(1, abs=1e-6)
-    similarity = ranker.similarity(*(ranker(torch.from_numpy(rows)) for rows in (queries, images)))
+    embedded_queries, embedded_images = (ranker(torch.from_numpy(rows)) for rows in (queries, images))
+    similarity = ranker.similarity(embedded_queries, embedded_images)
     torch.testing.assert_close(ranker.logits(similarity).sum(dim=0), logits)
     places = torch.tensor([4, 0]), torch.tensor([7, 39])
-    some = ranker.similarity(*(ranker(torch.from_numpy(rows)) for rows in (queries, images)), places)
+    some = ranker.similarity(embedded_queries, embedded_images, places)
     torch.testing.assert_close(some, similarity[:, places[0], places[1]])
 
 

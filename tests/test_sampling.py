@@ -115,9 +115,10 @@ def test_steps_depend_on_seed_and_number_only(rankings):
 
 def test_outliers_are_ignored_with_a_warning_where_all_images_are_ranked(rng, caplog):
     full = from_scores(rng.standard_normal((3, 10)))
-    sampler = BlockSampler(
-        full, 10, relevance_table(full, "rank"), query_block=2, image_block=6, outlier_prob=0.1, seed=0
-    )
+    with caplog.at_level("WARNING"):
+        sampler = BlockSampler(
+            full, 10, relevance_table(full, "rank"), query_block=2, image_block=6, outlier_prob=0.1, seed=0
+        )
     assert "outlier_prob 0.1 is ignored" in caplog.text
     assert (sampler.step(0).label <= 1).all() and np.isfinite(sampler.step(0).relevance).all()
 

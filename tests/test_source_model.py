@@ -13,7 +13,7 @@ from PIL import Image
 from abu.models import load_source
 from abu.sample import SampleConfig, choose_queries, concept_key, sample_latents, to_images
 from abu.testbed import SPLITS, TESTBEDS
-from fastgda.core import load_npy, verify_artifact
+from fastgda.core import load_npy, read_manifest, verify_artifact
 from feature_extraction.emoji import read_lock
 from feature_extraction.minilm import MiniLM
 
@@ -44,7 +44,8 @@ def test_stored_queries_can_be_sampled_again(source):
     rows = pq.read_table(TESTBED.data / "query_test/queries.parquet").to_pylist()[:3]
     stored = load_npy(TESTBED.data / "query_test/latents.npy", (TESTBED.queries["test"][0], None, None, None))
     text = MiniLM(device=CPU).token_states([row["captions"][0] for row in rows])
-    latents = sample_latents(source, text, [row["seed"] for row in rows], SampleConfig())
+    config = SampleConfig(**read_manifest(TESTBED.data / "query_test")["config"])
+    latents = sample_latents(source, text, [row["seed"] for row in rows], config)
     # another processor rounds differently, and fifty steps amplify it
     assert np.abs(latents.numpy() - stored[:3]).mean() < 0.05 * np.abs(stored[:3]).mean()
     for image, row in zip(to_images(source, latents), rows, strict=True):

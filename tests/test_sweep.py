@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -46,7 +47,7 @@ def test_sweep_is_resumed_run_by_run(tmp_path, capsys, monkeypatch):
     assert sweep.main([*command, "--dry_run"]) == 0
     assert capsys.readouterr().out.count("to do") == 11 and not (tmp_path / "out").exists()
 
-    trained = []
+    trained: list[Path] = []
     build = sweep.Trainer
 
     def counted(*args, **options):

@@ -12,7 +12,7 @@ import pytest
 from planted import LEVELS, write_planted
 
 from fastgda.core import manifest_path, save_npy, write_manifest
-from fastgda.index import FlatIndex
+from fastgda.index import Index, SegmentConfig, Source
 from fastgda.metrics import average_precision
 from fastgda.ranker import load_ranker
 from fastgda.rankings import load_rankings
@@ -78,13 +78,17 @@ def test_train_then_evaluate(world, capsys):
     ]
 
 
+def write_index(path, vectors):
+    Index.create(path, Source([vectors]), SegmentConfig(), ranker="", command="test")
+
+
 def test_index_and_values_per_query(world, capsys):
     """A flat index retrieves as exact search does; the CSV's means over queries are the report's."""
     images = np.load(world / "data/feats/planted/data_feats.npy")
     assert train.main(train_arguments(world, "--epochs", "1", "--loss", "ordinal")) == 0
     ranker = load_ranker(world / "r.pth")
     assert ranker.config.heads == 9
-    FlatIndex.build(ranker.embed(images).numpy()).save(world / "r.index", command="test")
+    write_index(world / "r.index", ranker.embed(images).numpy())
     more = ["--checkpoint", str(world / "r.pth"), "--index", str(world / "r.index"), "--output", str(world / "report")]
     assert evaluation.main(eval_arguments(world, *more, "--per_query", str(world / "queries.csv"))) == 0
     document = json.loads((world / "report.json").read_text())
@@ -118,7 +122,7 @@ def test_index_and_values_per_query(world, capsys):
     truth = load_rankings(world / "data/influence_test.npz", 600).rank
     assert found["mAP"][level] == pytest.approx(average_precision(scores, truth, LEVELS)[:, 0].mean(), abs=2e-3)
     capsys.readouterr()
-    FlatIndex.build(images[:-1]).save(world / "other.index", command="test")
+    write_index(world / "other.index", images[:-1])
     assert evaluation.main(eval_arguments(world, "--index", str(world / "other.index"))) == 2
     assert "an index of the 600 training images, found one of 599" in capsys.readouterr().err
 

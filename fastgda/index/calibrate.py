@@ -64,7 +64,7 @@ def choose(snapshot: Snapshot, queries: np.ndarray, k: int, wanted: float) -> Se
     """The cheapest settings that reach `wanted` on `queries`; `ValueError` with the best recall if none does."""
     truth = snapshot.exact(queries, k).ids
     depths = sorted({min(snapshot.live, max(k, round(factor * k))) for factor in DEPTHS})
-    best, sufficient = 0.0, []
+    best, sufficient = 0.0, list[tuple[float, int, int]]()
     for nprobe in _breadths(snapshot):
         if sufficient and cost(snapshot, Settings(nprobe, depths[0], k)) >= min(sufficient)[0]:
             break
