@@ -4,32 +4,44 @@ The unlearning step is tiny, so to first order the loss change is τ(ẑ, z) = �
 P = F^(-1/2), the whitening of the EK-FAC eigenbasis. Two teachers come out of the same pass:
 
 - plain:       ⟨mean_b q_b, mean_b g_b⟩,  the first-order form of the paper's AbU+;
-- normalised:  mean_b ⟨q_b / ‖q_b‖, g_b / ‖g_b‖⟩,  a cosine in each timestep bin b, as DAS normalises gradients,
+- normalised:  Σ_b w_b ⟨q_b / ‖q_b‖, g_b / ‖g_b‖⟩,  a cosine in each timestep bin b, as DAS normalises gradients,
 
-with q_b, g_b the whitened gradients of query and training image, averaged over the draws in bin b. Whitened gradients
-[out, in] are folded to `sketch` numbers with random signs (count sketch): inner products stay unbiased and their error
-is about ‖q‖‖g‖ / √sketch. Two independent runs of all draws (training side and query side) are kept apart to the end,
-so that the reliability of the teacher is measured and not guessed.
+with q_b, g_b the whitened gradients of query and training image, averaged over the draws in bin b, and w_b the weights
+of the bins. Whitened gradients [out, in] are folded to `sketch` numbers with random signs (count sketch): inner
+products stay unbiased and their error is about ‖q‖‖g‖ / √sketch. Two independent runs of all draws (training side and
+query side) are kept apart to the end, so that the reliability of the teacher is measured and not guessed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from abu.curvature import DiagonalFisher
+from abu.curvature import CHUNK, DiagonalFisher
 from abu.diffusion_loss import NoiseSchedule, at_least_float32
 from abu.draws import DrawConfig, draw
-from abu.keyvalue import OutputGradients
+from abu.measures import gradients_of
 from fastgda.core import keyed_generator
 
 RUNS = 2
 """Independent halves of the draws."""
-CHUNK = 8
-"""Examples whose gradients [out, in] are in memory at once."""
+SMALLEST = 1e-12
+"""Norm below which a gradient counts as zero."""
+
+
+class Compression(Protocol):
+    """Whitening of rotated gradients [B, out, in] to vectors [B, size] that keep inner products, more or less."""
+
+    @property
+    def size(self) -> int:
+        """Numbers that are kept of a gradient."""
+
+    def __call__(self, rotated: Tensor) -> Tensor:
+        """Vectors [B, size] of rotated gradients [B, out, in]."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +53,10 @@ class Sketch:
     size: int
 
     @staticmethod
-    def of(curvature: DiagonalFisher, size: int, seed: int = 0) -> Sketch:
-        """Raises `ValueError` unless `size` divides the number of weights."""
+    def of(curvature: DiagonalFisher, size: int | None = None, seed: int = 0) -> Sketch:
+        """Folds to all numbers by default; raises `ValueError` unless `size` divides the number of weights."""
         damped = curvature.damped()
+        size = size or damped.numel()
         if damped.numel() % size:
             raise ValueError(f"sketch: expected a divisor of the {damped.numel()} weights, found {size}")
         bits = torch.randint(0, 2, damped.shape, generator=keyed_generator("sketch", seed))
@@ -53,6 +66,12 @@ class Sketch:
     def __call__(self, rotated: Tensor) -> Tensor:
         """Sketches [B, size] of rotated gradients [B, out, in]."""
         return (rotated.flatten(1) * self.factor).view(len(rotated), -1, self.size).sum(1)
+
+
+def sketched(gradients: Tensor, text: Tensor, curvature: DiagonalFisher, sketch: Compression) -> Tensor:
+    """Whitened, compressed weight gradients [B, size], from output gradients g [B, T, out] and tokens a [B, T, in]."""
+    pieces = zip(gradients.split(CHUNK), text.split(CHUNK), strict=True)
+    return torch.cat([sketch(curvature.rotated_gradients(g, a)) for g, a in pieces])
 
 
 @dataclass(frozen=True)
@@ -79,44 +98,36 @@ class Examples:
             yield timesteps.to(self.latents.device), noise.to(self.latents)
 
 
-class GradientEngine:
-    """Whitened, sketched gradients of examples, one vector per timestep bin."""
+class MeanGradients:
+    """Gradients at the outputs of the key/value layers, averaged over draws within each timestep bin."""
 
     def __init__(
-        self,
-        model: torch.nn.Module,
-        schedule: NoiseSchedule,
-        curvature: DiagonalFisher,
-        sketch: Sketch,
-        *,
-        bf16: bool = False,
+        self, model: torch.nn.Module, schedule: NoiseSchedule, *, bf16: bool = False, measure: str = "loss"
     ) -> None:
-        self.gradients = OutputGradients(model)
-        curvature.require_fit(self.gradients.layers)
-        self.schedule = schedule
-        self.curvature, self.sketch, self.bf16 = curvature, sketch, bf16
+        self.gradients = gradients_of(model, measure)
+        self.schedule, self.bf16 = schedule, bf16
 
-    def output_gradients(self, examples: Examples, config: DrawConfig, run: int, bin_index: int) -> Tensor:
-        """g [B, T, out], the mean over the draws of one bin (a does not depend on t, so the mean may be taken here)."""
+    def __call__(self, examples: Examples, config: DrawConfig, run: int) -> Tensor:
+        """g [bins, B, T, out] of one run of draws (a does not depend on t, so the mean may be taken here)."""
+        return torch.stack([self.of_bin(examples, config, run, index) for index in range(config.bins)])
+
+    def of_bin(self, examples: Examples, config: DrawConfig, run: int, bin_index: int) -> Tensor:
+        """g [B, T, out] of one timestep bin."""
+        return self.with_losses(examples, config, run, bin_index)[0]
+
+    def with_losses(self, examples: Examples, config: DrawConfig, run: int, bin_index: int) -> tuple[Tensor, Tensor]:
+        """(g [B, T, out], mean losses [B]) of one timestep bin."""
         device = examples.latents.device
         total: Tensor | None = None
+        loss_sum = torch.zeros(len(examples.ids), device=device)
         for timesteps, noise in examples.draws(config, run, bin_index):
             noisy, target = self.schedule.noised(examples.latents, noise, timesteps)
             with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-                gradients = self.gradients(noisy, target, timesteps, examples.text)[0]
+                gradients, losses = self.gradients(noisy, target, timesteps, examples.text)
             total = gradients if total is None else total + gradients
+            loss_sum += losses.float()
         assert total is not None
-        return total / config.draws
-
-    def __call__(self, examples: Examples, config: DrawConfig, run: int) -> Tensor:
-        """Sketched gradients [bins, B, sketch] of one run of draws."""
-        vectors = []
-        for bin_index in range(config.bins):
-            gradients = self.output_gradients(examples, config, run, bin_index)
-            # A few examples at a time: their weight gradients stay in the processor's cache.
-            pieces = zip(gradients.split(CHUNK), examples.text.split(CHUNK), strict=True)
-            vectors.append(torch.cat([self.sketch(self.curvature.rotated_gradients(g, a)) for g, a in pieces]))
-        return torch.stack(vectors)
+        return total / config.draws, loss_sum / config.draws
 
 
 @dataclass(frozen=True)
@@ -124,7 +135,7 @@ class QueryMatrix:
     """Sketched gradients of all queries, ready to be multiplied with those of training images."""
 
     normalised: Tensor
-    """q_b / ‖q_b‖, [bins, Q, sketch]."""
+    """q_b / ‖q_b‖, [bins, Q, sketch]; float32 or, for products in half the time, bfloat16."""
     plain: Tensor
     """mean_b q_b scaled to norm one, [Q, sketch]."""
 
@@ -138,6 +149,13 @@ class QueryMatrix:
             torch.nn.functional.normalize(plain, dim=-1).to(dtype),
         )
 
+    @staticmethod
+    def joined(parts: Sequence[QueryMatrix]) -> QueryMatrix:
+        """The queries of all parts, one after the other."""
+        return QueryMatrix(
+            torch.cat([part.normalised for part in parts], dim=1), torch.cat([part.plain for part in parts])
+        )
+
 
 def score_block(queries: QueryMatrix, vectors: Tensor) -> tuple[Tensor, Tensor]:
     """Scores of B training images with sketched gradients [bins, B, sketch].
@@ -145,6 +163,11 @@ def score_block(queries: QueryMatrix, vectors: Tensor) -> tuple[Tensor, Tensor]:
     Returns (plain [Q, B], the normalised teacher's term of each bin [bins, Q, B]), float32 or better.
     """
     dtype = queries.plain.dtype
-    unit = torch.nn.functional.normalize(vectors, dim=-1).to(dtype)
     plain = queries.plain @ vectors.mean(0).to(dtype).mT
-    return at_least_float32(plain), at_least_float32(torch.bmm(queries.normalised, unit.mT))
+    # One product a bin: a batched one would first copy queries that do not lie side by side. Images are not scaled to
+    # norm one but their products are, which moves fewer bytes.
+    terms = [
+        at_least_float32(query @ image.to(dtype).mT) / at_least_float32(image.norm(dim=-1)).clamp(min=SMALLEST)
+        for query, image in zip(queries.normalised, vectors, strict=True)
+    ]
+    return at_least_float32(plain), torch.stack(terms)

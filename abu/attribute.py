@@ -1,7 +1,8 @@
 """Exact AbU+ for one query: prints and draws the training images that the model forgets first.
 
-python -m abu.attribute --query 7                      # test query 7, every training image; about 10 minutes
+python -m abu.attribute --query 7                      # test query 7, every training image; about 20 minutes
 python -m abu.attribute --query 7 --candidates 500     # only the first 500 of the stored ranking; half a minute
+python -m abu.attribute --query 7 --dry_run            # time, memory and disk that it will need
 """
 
 from __future__ import annotations
@@ -10,37 +11,18 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch
+import numpy as np
 from PIL import Image
 
-from abu.amortised import Examples
-from abu.curvature import EKFAC
-from abu.draws import DrawConfig
-from abu.influence import UnlearnConfig, mean_losses, query_gradient, unlearn
+from abu.exact_estimate import attribution_estimate
+from abu.influence import ExactInfluence, exact_influence
+from abu.loss_draws import LossDraws
+from abu.sweep import SweepConfig
 from abu.testbed import SPLITS, Testbed, add_testbed_flags, testbed_from
+from abu.unlearn import UnlearnConfig
 from fastgda.core import ROOT, atomic_path, best_device, command_line, load_npz, save_json
+from fastgda.flags import add_flags, from_flags
 from feature_extraction.readers import read_split
-
-
-def exact_influence(
-    testbed: Testbed,
-    query: Examples,
-    candidates: list[int] | None,
-    config: UnlearnConfig,
-    draws: int,
-    device: torch.device,
-) -> tuple[list[int], torch.Tensor]:
-    """(training ids, τ of each) for one query, higher = more influential."""
-    source, curvature = testbed.load_source(device), EKFAC.load(testbed.curvature).to(device)
-    training = testbed.training_examples(device)
-    images = len(training.ids)
-    if candidates is not None:
-        rows = torch.tensor(candidates)
-        training = Examples("train", candidates, training.latents[rows], training.text[rows])
-    gradient = query_gradient(source.denoiser, source.schedule, curvature, query, DrawConfig(draws=config.draws))
-    models = [source.denoiser, unlearn(source.denoiser, curvature, gradient, config.step, images)]
-    before, after = mean_losses(models, source.schedule, training, DrawConfig(draws=draws))
-    return training.ids, after - before
 
 
 def picture(images: list[Image.Image], query: Image.Image) -> Image.Image:
@@ -53,30 +35,51 @@ def picture(images: list[Image.Image], query: Image.Image) -> Image.Image:
     return sheet
 
 
+def candidate_ids(testbed: Testbed, split: str, query: int, count: int | None, images: int) -> list[int]:
+    """The first `count` of the stored ranking, or all training images."""
+    if count is None:
+        return list(range(images))
+    rank = load_npz(testbed.data / f"influence_{split}.npz", ("rank",))["rank"]
+    if not 1 <= count <= rank.shape[1]:
+        raise ValueError(f"--candidates: expected 1..{rank.shape[1]}, as many as are ranked, found {count}")
+    return [int(image) for image in rank[query, :count]]
+
+
+def parser() -> argparse.ArgumentParser:
+    """Flags of the command."""
+    made = argparse.ArgumentParser(
+        prog="python -m abu.attribute", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--query", type=int, required=True, help="number of the query in its split")
+    made.add_argument("--split", choices=SPLITS, default="test")
+    made.add_argument("--candidates", type=int, help="evaluate only the first K of the stored ranking")
+    made.add_argument("--top", type=int, default=20, help="how many are shown (default: 20)")
+    for part in (UnlearnConfig, LossDraws, SweepConfig):
+        add_flags(made, part)
+    add_testbed_flags(made)
+    made.add_argument("--output", type=Path, help="folder for the picture and JSON (default: results/attribute)")
+    made.add_argument("--dry_run", action="store_true", help="print the time and memory needed; attribute nothing")
+    return made
+
+
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m abu.attribute", description=__doc__.splitlines()[0])
-    parser.add_argument("--query", type=int, required=True, help="number of the query in its split")
-    parser.add_argument("--split", choices=SPLITS, default="test")
-    parser.add_argument("--step", type=float, default=UnlearnConfig.step, help="α of eq. 1")
-    parser.add_argument("--draws", type=int, default=1, help="draws of (t, ε) per timestep bin for each training image")
-    parser.add_argument("--candidates", type=int, help="evaluate only the first K of the stored ranking")
-    parser.add_argument("--top", type=int, default=20)
-    add_testbed_flags(parser)
-    parser.add_argument("--output", type=Path, help="folder for the picture and JSON (default: results/attribute)")
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     device, testbed = best_device(), testbed_from(args)
     examples = testbed.query_examples(args.split, device)
     if not 0 <= args.query < len(examples.ids):
         raise ValueError(f"--query: expected 0..{len(examples.ids) - 1} in split {args.split}, found {args.query}")
-    candidates = None
-    if args.candidates is not None:
-        path = testbed.data / f"influence_{args.split}.npz"
-        candidates = [int(i) for i in load_npz(path, ("rank",))["rank"][args.query, : args.candidates]]
     query = examples.rows(args.query, args.query + 1)
-    ids, influence = exact_influence(testbed, query, candidates, UnlearnConfig(step=args.step), args.draws, device)
-    order = influence.argsort(descending=True, stable=True)[: args.top].tolist()
+    unlearning, draws = from_flags(UnlearnConfig, args), from_flags(LossDraws, args)
+    exact = ExactInfluence.of(testbed, unlearning, draws, from_flags(SweepConfig, args), device)
+    ids = candidate_ids(testbed, args.split, args.query, args.candidates, len(exact.images))
+    exact.images.check_ids(ids, f"influence_{args.split}.npz")
+    if args.dry_run:
+        print(attribution_estimate(exact, query, np.array(ids)))
+        return
+    influence = exact_influence(exact.sweep, ids, [exact.unlearned(query)], progress=True)[0]
+    order = np.argsort(-influence, kind="stable")[: args.top].tolist()
     images, queries = read_split(testbed.data, "data"), read_split(testbed.data, f"{args.split}_query")
     print(f"query {args.query}: {queries.caption(args.query)}")
     for place in order:
@@ -88,8 +91,8 @@ def main(argv: list[str] | None = None) -> None:
         folder / f"{args.split}_{args.query}.json",
         {
             "prompt": queries.caption(args.query),
-            "step": args.step,
-            "draws_per_bin": args.draws,
+            "unlearning": vars(unlearning),
+            "draws": vars(draws),
             "images": len(ids),
             "top": [{"id": ids[p], "influence": float(influence[p])} for p in order],
         },

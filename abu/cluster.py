@@ -1,4 +1,4 @@
-"""Runs the pieces of a plan on Ray workers. The only importer of ray.
+"""Runs the pieces of a plan on Ray workers. The only importer of ray in this package.
 
 Workers compute, the driver writes: a worker, a node or the driver may be killed at any moment, and what is lost is the
 pieces that were being computed. A worker that dies is replaced; a piece is tried a bounded number of times.
@@ -23,6 +23,8 @@ from fastgda.core import ROOT
 
 PATIENCE = 60.0
 """Seconds without any worker after which the wait is reported."""
+LONGEST = 300
+"""Characters of an error that are kept; Ray's own can fill a page."""
 log = logging.getLogger(__name__)
 
 
@@ -98,7 +100,8 @@ class Pool:
         if self.started:
             local: dict[str, Any] = {"num_cpus": self.threads * self.config.workers, "_node_ip_address": "127.0.0.1"}
             self.ray.init(
-                address=self.config.address,
+                # without an address Ray would join whatever cluster was started on this machine last
+                address=self.config.address or "local",
                 include_dashboard=False if self.config.address is None else None,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
@@ -210,10 +213,11 @@ def run_plan(
 
 
 def _cause(error: Exception) -> str:
-    """The last line of a remote error: what was raised, without the remote traceback."""
+    """The last line of a remote error, shortened: what was raised, without the remote traceback."""
     cause = getattr(error, "cause", None) or error
-    lines = [line for line in str(cause).splitlines() if line.strip()]
-    return f"{type(cause).__name__}: {lines[-1].strip() if lines else 'no message'}"
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+    message = lines[-1] if lines else "no message"
+    return f"{type(cause).__name__}: {message[:LONGEST]}{'…' * (len(message) > LONGEST)}"
 
 
 def _import_ray() -> Any:

@@ -1,147 +1,192 @@
 """Collects the teacher's scores of all queries, in pieces that nothing can lose.
 
     python -m abu.collect curvature                    # EK-FAC factors of the source model; 2 minutes on two cores
-    python -m abu.collect queries                      # whitened gradients of every query
+    python -m abu.collect queries                      # gradients of every query
     python -m abu.collect training --dry_run           # time, memory and disk that a pass will need
     python -m abu.collect training                     # one pass over the training set; --passes: several
     python -m abu.collect training --workers 4         # on four Ray workers; --address: on a running cluster
+    python -m abu.collect scores                       # every query with every image, from all passes there are
+    python -m abu.collect scores --query_bits 16 --memory_gb 36    # in 15 GB of memory, nothing on disk
+    python -m abu.collect training --measure square    # D-TRAK's gradients, in a folder of their own
     python -m abu.collect status                       # what is done, what failed, the time left
     python -m benchmark.teacher                        # merges the scores into influence_{train,val,test}.npz
 
 Each piece is written whole under data/emoji/cache/teacher; what exists is not computed again, and pieces of different
 settings, models or queries are never mixed. Passes differ in their noise only: more of them make the teacher more
-reliable.
+reliable. They keep gradients and not scores, so that new queries, or another curvature, cost no new pass.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from abu.amortised import RUNS, Examples, GradientEngine, QueryMatrix, Sketch, score_block
+from abu.amortised import RUNS, Examples, MeanGradients, QueryMatrix, Sketch, score_block
 from abu.cluster import add_cluster_flags, cluster_from, run_plan
+from abu.collect_config import CollectConfig, MeasuredConfig, RoundedScoreConfig, ScoreConfig
 from abu.curvature import EKFAC
-from abu.draws import DrawConfig
 from abu.estimate import estimate
 from abu.fisher import CurvatureConfig, fit_testbed
+from abu.gradients import MADE_BY, compressed, load_gradients, pack, stored_vectors
+from abu.measures import MEASURES
 from abu.plan import Collection, Piece, cut
 from abu.testbed import SPLITS, Testbed, add_testbed_flags, testbed_from
-from fastgda.core import best_device, command_line, load_npz, sha256_file
+from abu.tiles import MEMORY_GB, QueryTiles
+from fastgda.core import best_device, command_line, load_npz, relative, require_file, sha256_file
 
 BATCH, QUERY_PIECE, TRAINING_PIECE = 64, 64, 256
 """Examples computed at once, and examples of a piece."""
+SHOWN = 10
+"""Failures that status prints."""
+SCORED_AT_ONCE = 64
+"""Training images whose whitened gradients are in memory at once: 11 MB for each and run on the testbed."""
 
 
-@dataclass(frozen=True)
-class CollectConfig:
-    """How many draws the scores are averaged over."""
-
-    bins: int = 5
-    """Timestep bins; the normalised teacher is a mean of cosines over them."""
-    training_draws: int = 2
-    """Draws per timestep bin, run and pass for each training image: one antithetic pair."""
-    query_draws: int = 8
-    """Draws per bin and run for each training query."""
-    judged_query_draws: int = 24
-    """The same for validation and test queries, which judge the ranker."""
-    sketch: int = 38_400
-    """Numbers kept of each whitened gradient."""
-    seed: int = 0
-    bf16: bool = False
-
-    def draws(self, part: str, timesteps: int) -> DrawConfig:
-        """Draws of one run for a split of the queries or, with "training", for a pass over the training set."""
-        per_bin = {"training": self.training_draws, "train": self.query_draws}.get(part, self.judged_query_draws)
-        return DrawConfig(self.bins, per_bin, timesteps=timesteps, seed=self.seed)
+def folder_of(testbed: Testbed, measure: str = "loss") -> Path:
+    """Where the gradients of a testbed are kept; those of each measured function have their own place."""
+    return testbed.data / ("cache/teacher" if measure == "loss" else f"cache/teacher_{measure}")
 
 
-def folder_of(testbed: Testbed) -> Path:
-    """Where the pieces of a testbed are kept."""
-    return testbed.data / "cache/teacher"
+def scores_folder(testbed: Testbed, measure: str = "loss") -> Path:
+    """Where the scores are kept."""
+    return folder_of(testbed, measure) / "scores"
 
 
-class Collector:
-    """Computes the pieces of a collection."""
+class GradientCollector:
+    """Computes gradients: the pieces of queries and passes."""
 
     def __init__(self, testbed: Testbed, config: CollectConfig) -> None:
-        device = best_device()
-        source = testbed.load_source(device)
-        curvature = EKFAC.load(testbed.curvature).to(device)
-        sketch = Sketch.of(curvature, config.sketch, config.seed)
-        self.testbed, self.config, self.device = testbed, config, device
-        self.engine = GradientEngine(source.denoiser, source.schedule, curvature, sketch, bf16=config.bf16)
-        self._queries: tuple[QueryMatrix, list[QueryMatrix]] | None = None
+        self.testbed, self.config, self.device = testbed, config, best_device()
+        source = testbed.load_source(self.device)
+        source.denoiser.to(memory_format=torch.channels_last)
+        self.measure = config.measure if isinstance(config, MeasuredConfig) else "loss"
+        self.engine = MeanGradients(source.denoiser, source.schedule, bf16=config.bf16, measure=self.measure)
         self._examples: dict[str, Examples] = {}
 
     def compute(self, piece: Piece) -> dict[str, np.ndarray]:
-        """The arrays of a piece, see `query_arrays` and `training_arrays`."""
-        arrays = self.query_arrays(piece) if piece.stage == "query" else self.training_arrays(piece)
-        return {name: tensor.cpu().numpy() for name, tensor in arrays.items()}
-
-    def query_arrays(self, piece: Piece) -> dict[str, torch.Tensor]:
-        """vectors [runs, bins, B, sketch] (float16, scaled to norm one) and their norms."""
-        batch = self.examples(piece.part).rows(piece.start, piece.stop)
-        draws = self.config.draws(piece.part, len(self.engine.schedule))
-        vectors = torch.stack([self.engine(batch, draws, run) for run in range(RUNS)])
-        norms = vectors.norm(dim=-1, keepdim=True)
-        return {"vectors": (vectors / norms).half(), "norms": norms}
-
-    def training_arrays(self, piece: Piece) -> dict[str, torch.Tensor]:
-        """plain, normalised [Q, B] for all queries with both runs pooled; for validation and test queries, with
-        independent draws on both sides, plain_runs [runs, Q', B] and normalised_terms [runs, bins, Q', B] (float16),
-        whose mean over bins is the normalised score.
+        """Mean output gradients [runs, bins, B, T, out] as `abu.gradients.pack` keeps them; for measured functions also
+        the mean losses [runs, bins, B] of the same draws.
         """
-        pooled, halves = self.queries()
-        draws = self.config.draws("training", len(self.engine.schedule))
-        columns: dict[str, list[torch.Tensor]] = {}
-        for low in range(piece.start, piece.stop, BATCH):
-            batch = self.examples("training").rows(low, min(low + BATCH, piece.stop))
-            vectors = [self.engine(batch, draws, RUNS * int(piece.part) + run) for run in range(RUNS)]
-            plain, terms = score_block(pooled, torch.stack(vectors).mean(0))
-            runs = [score_block(half, vector) for half, vector in zip(halves, vectors, strict=True)]
-            found = {
-                "plain": plain,
-                "normalised": terms.mean(0),
-                "plain_runs": torch.stack([plain for plain, _ in runs]),
-                "normalised_terms": torch.stack([terms for _, terms in runs]).half(),
-            }
-            for name, tensor in found.items():
-                columns.setdefault(name, []).append(tensor)
-        return {name: torch.cat(parts, dim=-1) for name, parts in columns.items()}
-
-    def examples(self, part: str) -> Examples:
-        """A split's queries or, with "training", the training images; read when first needed."""
-        if part not in self._examples:
-            training = part == "training"
-            read = self.testbed.training_examples if training else partial(self.testbed.query_examples, part)
-            self._examples[part] = read(self.device)
-        return self._examples[part]
-
-    def queries(self) -> tuple[QueryMatrix, list[QueryMatrix]]:
-        """(all queries with both runs pooled, the validation and test queries of each run)."""
-        if self._queries is None:
-            dtype = torch.bfloat16 if self.config.bf16 else None
-            splits = {split: load_queries(self.testbed, split).to(self.device) for split in SPLITS}
-            judged = torch.cat([splits[split] for split in SPLITS if split != "train"], dim=2)
-            pooled = torch.cat([vectors.mean(0) for vectors in splits.values()], dim=1)
-            self._queries = QueryMatrix.of(pooled, dtype), [QueryMatrix.of(half, dtype) for half in judged]
-        return self._queries
+        if piece.examples not in self._examples:
+            self._examples[piece.examples] = examples_of(self.testbed, piece.examples, self.device)
+        examples = self._examples[piece.examples].rows(piece.start, piece.stop)
+        draws = self.config.draws(piece.examples, len(self.engine.schedule))
+        first = RUNS * int(piece.part) if piece.stage == "pass" else 0
+        batches = [examples.rows(low, low + BATCH) for low in range(0, len(examples.ids), BATCH)]
+        found = [
+            [
+                [self.engine.with_losses(batch, draws, first + run, index) for batch in batches]
+                for index in range(draws.bins)
+            ]
+            for run in range(RUNS)
+        ]
+        gradients, losses = (
+            torch.stack([torch.stack([torch.cat([part[kind] for part in parts]) for parts in run]) for run in found])
+            for kind in (0, 1)
+        )
+        arrays = pack(gradients, examples.text)
+        return arrays if self.measure == "loss" else arrays | {"losses": losses.cpu().numpy()}
 
 
-def load_queries(testbed: Testbed, split: str) -> torch.Tensor:
-    """Sketched gradients [runs, bins, Q, sketch] of a split."""
-    parts = []
-    for piece in query_plan(testbed, (split,)):
-        path = Collection(folder_of(testbed)).path(piece)
-        arrays = load_npz(path, ("vectors", "norms"), "python -m abu.collect queries")
-        parts.append(torch.from_numpy(arrays["vectors"]).float() * torch.from_numpy(arrays["norms"]))
-    return torch.cat(parts, dim=2)
+class ScoreCollector:
+    """Scores all queries against training images whose gradients are stored."""
+
+    def __init__(
+        self, testbed: Testbed, config: ScoreConfig, measure: str = "loss", memory_gb: float = MEMORY_GB
+    ) -> None:
+        self.testbed, self.config, self.device, self.measure = testbed, config, best_device(), measure
+        self.curvature = EKFAC.load(testbed.curvature).to(self.device)
+        self.sketch = Sketch.of(self.curvature, config.sketch, config.seed)
+        self.training = testbed.training_examples(self.device)
+        bits = config.query_bits if isinstance(config, RoundedScoreConfig) else 32
+        dtype = torch.bfloat16 if bits == 16 else None
+        judged = [
+            [QueryMatrix.of(half, dtype) for half in part]
+            for split in SPLITS
+            if split != "train"
+            for part in self.queries(split)
+        ]
+        self.halves = [QueryMatrix.joined(parts) for parts in zip(*judged, strict=True)]
+        plan = query_plan(testbed)
+        count = sum(piece.stop - piece.start for piece in plan)
+        self.pooled = QueryTiles(
+            (part.mean(0) for split in SPLITS for part in self.queries(split)),
+            count,
+            bins=len(self.halves[0].normalised),
+            size=self.sketch.size,
+            images=SCORED_AT_ONCE,
+            budget=memory_gb * 2**30,
+            bits=bits,
+            folder=folder_of(testbed, measure),
+        )
+
+    def compute(self, piece: Piece) -> dict[str, np.ndarray]:
+        """plain, normalised [Q, B] for all queries, with all passes and both runs pooled; for validation and test
+        queries, with independent draws on both sides, plain_runs [counts, runs, Q', B] and normalised_terms
+        [counts, runs, bins, Q', B] (float16), whose weighted mean over bins is the normalised score, from the first 1,
+        2, 4, … passes as `counts` says. For the measured function `average` also das [Q, B].
+        """
+        examples = self.training.rows(piece.start, piece.stop)
+        sources = [Piece("pass", str(index), piece.start, piece.stop) for index in range(int(piece.part))]
+        gradients = [load_gradients(self.path(source), examples.text, MADE_BY["pass"]) for source in sources]
+        errors = None
+        if self.measure == "average":
+            losses = [load_npz(self.path(source), ("losses",))["losses"].mean(0) for source in sources]
+            errors = torch.from_numpy(np.mean(losses, 0)).to(self.device).sqrt()
+        found = []
+        for start in range(0, len(examples.ids), SCORED_AT_ONCE):
+            rows = slice(start, start + SCORED_AT_ONCE)
+            some = [gradient[:, :, rows] for gradient in gradients]
+            found.append(self.score(some, examples.text[rows], None if errors is None else errors[:, rows]))
+        return {name: torch.cat([part[name] for part in found], -1).cpu().numpy() for name in found[0]}
+
+    def score(
+        self, gradients: list[torch.Tensor], text: torch.Tensor, errors: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        """The arrays of `compute` for a few images, from their gradients [runs, bins, B, T, out] in each pass."""
+        plain_runs, terms = [], []
+        for count in self.counts(len(gradients)):
+            # whitening is linear, so that draws are averaged before it
+            mean = torch.stack(gradients[:count]).mean(0)
+            vectors = compressed(mean, text, self.curvature, self.sketch)
+            found = [score_block(half, run) for half, run in zip(self.halves, vectors, strict=True)]
+            plain_runs.append(torch.stack([plain for plain, _ in found]))
+            terms.append(torch.stack([term for _, term in found]).half())
+        return self.pooled.score(vectors.mean(0), self.config.bin_weights, errors) | {
+            "plain_runs": torch.stack(plain_runs),
+            "normalised_terms": torch.stack(terms),
+        }
+
+    def counts(self, passes: int) -> list[int]:
+        """Numbers of passes that the runs are compared at."""
+        return pass_counts(passes) if self.config.growth else [passes]
+
+    def path(self, piece: Piece) -> Path:
+        """Where a piece of gradients lies."""
+        return Collection(folder_of(self.testbed, self.measure)).path(piece)
+
+    def queries(self, split: str) -> Iterator[torch.Tensor]:
+        """Whitened, sketched gradients [runs, bins, q, sketch] of a split, piece by piece."""
+        examples = examples_of(self.testbed, split, self.device)
+        for piece in query_plan(self.testbed, (split,)):
+            rows = examples.rows(piece.start, piece.stop)
+            yield stored_vectors(self.path(piece), piece, rows, self.curvature, self.sketch)
+
+
+def examples_of(testbed: Testbed, part: str, device: torch.device) -> Examples:
+    """A split's queries or, with "training", the training images."""
+    return testbed.training_examples(device) if part == "training" else testbed.query_examples(part, device)
+
+
+def pass_counts(passes: int) -> list[int]:
+    """Numbers of passes that reliability is measured at: 1, 2, 4, … and all."""
+    return sorted({2**k for k in range(passes.bit_length())} | {passes})
 
 
 def query_plan(testbed: Testbed, splits: tuple[str, ...] = SPLITS) -> list[Piece]:
@@ -152,18 +197,46 @@ def query_plan(testbed: Testbed, splits: tuple[str, ...] = SPLITS) -> list[Piece
 
 def training_plan(testbed: Testbed, passes: range) -> list[Piece]:
     """Pieces of the passes over the training set."""
-    images = len(testbed.load_arrays()[0])
+    images = testbed.images
     return [piece for index in passes for piece in cut("pass", str(index), images, TRAINING_PIECE)]
 
 
-def print_status(collection: Collection, testbed: Testbed) -> None:
+def score_plan(testbed: Testbed, passes: int) -> list[Piece]:
+    """Pieces of the scores made from the first `passes` passes."""
+    return cut("scores", str(passes), testbed.images, TRAINING_PIECE)
+
+
+def started_passes(folder: Path) -> list[int]:
+    """Numbers of the passes that have at least one piece."""
+    return sorted({int(path.name.split("_")[1]) for path in folder.glob("pass_*_*.npz")})
+
+
+def whole_passes(testbed: Testbed, measure: str = "loss") -> int:
+    """How many passes, counted from the first, have all their pieces; `ValueError` if there is none."""
+    collection, count = Collection(folder_of(testbed, measure)), 0
+    while not collection.missing(training_plan(testbed, range(count, count + 1))):
+        count += 1
+    if not count:
+        raise ValueError(
+            f"{collection.folder}: expected the pieces of a whole pass, found {len(started_passes(collection.folder))} "
+            "begun; collect it with: python -m abu.collect training"
+        )
+    return count
+
+
+def print_status(testbed: Testbed, measure: str = "loss") -> None:
     """What is done, the rate, the time left, and what failed."""
+    collection, scores = Collection(folder_of(testbed, measure)), Collection(scores_folder(testbed, measure))
     print(collection.status("queries", query_plan(testbed)))
-    started = sorted({int(path.name.split("_")[1]) for path in collection.folder.glob("pass_*.npz")})
-    for index in started:
+    for index in started_passes(collection.folder):
         print(collection.status(f"pass {index}", training_plan(testbed, range(index, index + 1))))
-    for name, error in collection.failures().items():
+    for passes in sorted({int(path.name.split("_")[1]) for path in scores.folder.glob("scores_*.npz")}):
+        print(scores.status(f"scores of {passes} passes", score_plan(testbed, passes)))
+    failures = collection.failures() | scores.failures()
+    for name, error in list(failures.items())[:SHOWN]:
         print(f"failed: {name}: {error}")
+    if len(failures) > SHOWN:
+        print(f"failed: {len(failures) - SHOWN} more; see failed.jsonl in {collection.folder}")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -173,37 +246,67 @@ def parser() -> argparse.ArgumentParser:
         description="Collects the teacher's scores of all queries, in pieces that nothing can lose.",
         epilog="example: python -m abu.collect training --passes 4 --workers 2",
     )
-    made.add_argument("stage", choices=("curvature", "queries", "training", "status"))
+    made.add_argument("stage", choices=("curvature", "queries", "training", "scores", "status"))
     add_testbed_flags(made)
     made.add_argument("--first_pass", type=int, default=0, help="number of the first pass; each has its own draws")
-    made.add_argument("--passes", type=int, default=1, help="passes over the training set")
-    made.add_argument("--sketch", type=int, default=CollectConfig.sketch, help="numbers kept of a gradient")
-    made.add_argument("--bf16", action="store_true", help="bfloat16 matrix products")
+    made.add_argument("--passes", type=int, help="passes over the training set (default: 1; of scores: all there are)")
+    made.add_argument(
+        "--sketch", type=int, default=ScoreConfig.sketch, help="numbers that scores keep of a gradient (default: all)"
+    )
+    made.add_argument("--measure", choices=MEASURES, default="loss", help="what is differentiated (default: loss)")
+    made.add_argument(
+        "--memory_gb", type=float, default=MEMORY_GB, help="of scores: memory for the queries' gradients (default: 4)"
+    )
+    made.add_argument(
+        "--query_bits", type=int, choices=(8, 16, 32), default=32, help="of scores: bits of a query's numbers"
+    )
+    made.add_argument("--no_growth", action="store_true", help="of scores: compare the runs with all passes only")
+    made.add_argument("--bf16", action="store_true", help="gradients under bfloat16 autocast")
     add_cluster_flags(made)
     made.add_argument("--dry_run", action="store_true", help="print the time, memory and disk needed; compute nothing")
     return made
+
+
+def claimed(testbed: Testbed, config: CollectConfig | ScoreConfig, measure: str = "loss") -> Collection:
+    """The folder of the gradients or scores of these settings; `ValueError` if it holds others."""
+    files = [testbed.source / "denoiser.safetensors"]
+    files += [testbed.data / f"query_{split}/latents.npy" for split in SPLITS]
+    folder, command = folder_of(testbed, measure), "python -m abu.collect training"
+    if isinstance(config, ScoreConfig):
+        files.append(testbed.curvature)
+        folder, command = scores_folder(testbed, measure), "python -m abu.collect scores"
+    command += "" if measure == "loss" else f" --measure {measure}"
+    collection = Collection(folder)
+    collection.claim(config, {relative(path): sha256_file(path) for path in map(require_file, files)}, command)
+    return collection
 
 
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
     args = parser().parse_args(argv)
-    testbed, config = testbed_from(args), CollectConfig(bf16=args.bf16, sketch=args.sketch)
-    collection = Collection(folder_of(testbed))
+    testbed = testbed_from(args)
     if args.stage == "curvature":
         fit_testbed(testbed, testbed.load_source(best_device()), CurvatureConfig(), testbed.curvature)
         return
     if args.stage == "status":
-        print_status(collection, testbed)
+        print_status(testbed, args.measure)
         return
-    files = {path.stem: path for path in (testbed.source / "denoiser.safetensors", testbed.curvature)}
-    files |= {f"query_{split}": testbed.data / f"query_{split}/latents.npy" for split in SPLITS}
-    collection.claim(config, {name: sha256_file(path) for name, path in files.items()})
-    if args.stage == "queries":
-        pieces = query_plan(testbed)
+    build: Callable[[], GradientCollector | ScoreCollector]
+    if args.stage == "scores":
+        scoring = ScoreConfig(args.sketch, growth=not args.no_growth)
+        if args.query_bits != 32:
+            scoring = RoundedScoreConfig(args.sketch, growth=not args.no_growth, query_bits=args.query_bits)
+        pieces = score_plan(testbed, args.passes or whole_passes(testbed, args.measure))
+        collection = claimed(testbed, scoring, args.measure)
+        build = partial(ScoreCollector, testbed, scoring, args.measure, args.memory_gb)
     else:
-        pieces = training_plan(testbed, range(args.first_pass, args.first_pass + args.passes))
-    build = partial(Collector, testbed, config)
+        config = CollectConfig(bf16=args.bf16)
+        if args.measure != "loss":
+            config = MeasuredConfig(bf16=args.bf16, measure=args.measure)
+        passes = range(args.first_pass, args.first_pass + (args.passes or 1))
+        pieces = query_plan(testbed) if args.stage == "queries" else training_plan(testbed, passes)
+        collection, build = claimed(testbed, config, args.measure), partial(GradientCollector, testbed, config)
     if args.dry_run:
         print(estimate(build(), collection, pieces, args.workers or 1))
         return

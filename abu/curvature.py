@@ -24,6 +24,8 @@ from abu.layers import Layer, matrix_shape
 from fastgda.core import atomic_path, require_file
 
 DAMPING = 0.1
+CHUNK = 8
+"""Examples whose gradients [out, in] are in memory at once: a few stay in the processor's cache."""
 
 
 def eigenbasis(covariance: Tensor, name: str) -> tuple[Tensor, Tensor]:
@@ -185,6 +187,10 @@ class Curvature:
     """One for each set of layers that read the same input."""
     examples: int
     """Gradients that S is the mean of."""
+
+    def to(self, target: torch.device | torch.dtype) -> Curvature:
+        """The same factors on another device or in another type."""
+        return replace(self, groups=tuple(group.to(target) for group in self.groups))
 
     def shared(self) -> DiagonalFisher:
         """The factors of the only group; `ValueError` if the layers read several inputs."""

@@ -1,6 +1,10 @@
 """The diffusion loss 𝓛(z, θ) = E_{t,ε} ‖target − f_θ(x_t, c, t)‖², mean over elements (paper, section 3.1; w_t = 1).
 
-The target is ε, or v = √ᾱ_t ε − √(1 − ᾱ_t) x_0 (Salimans and Ho 2022, eq. 11); nothing else depends on which.
+What is noised, and what the model predicts, is its parametrisation; nothing else depends on it:
+
+    epsilon         x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε      target ε
+    v_prediction    the same                           target √ᾱ_t ε − √(1 − ᾱ_t) x_0  (Salimans and Ho 2022, eq. 11)
+    flow            x_t = (1 − σ_t) x_0 + σ_t ε        target ε − x_0  (Lipman et al. 2023; the sign is diffusers')
 """
 
 from __future__ import annotations
@@ -10,15 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-PREDICTIONS = ("epsilon", "v_prediction")
+PREDICTIONS = ("epsilon", "v_prediction", "flow")
 
 
 @dataclass(frozen=True)
 class NoiseSchedule:
     """Noise levels and the parametrisation that a model was trained with."""
 
-    alphas_cumprod: Tensor
-    """ᾱ_t [timesteps]."""
+    levels: Tensor
+    """ᾱ_t [timesteps], falling; for flow matching σ_t, rising. A timestep is a place in it: 0 has the least noise."""
     prediction: str = "epsilon"
 
     def __post_init__(self) -> None:
@@ -26,12 +30,14 @@ class NoiseSchedule:
             raise ValueError(f"prediction: expected one of {PREDICTIONS}, found {self.prediction!r}")
 
     def __len__(self) -> int:
-        return len(self.alphas_cumprod)
+        return len(self.levels)
 
     def noised(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """(x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε, target), both [B, c, h, w], for integer `timesteps` [B]."""
-        alpha = self.alphas_cumprod.to(latents)[timesteps].view(-1, 1, 1, 1)
-        signal, deviation = alpha.sqrt(), (1 - alpha).sqrt()
+        """(x_t, target), both [B, c, h, w], for integer `timesteps` [B]."""
+        level = self.levels.to(latents)[timesteps].view(-1, 1, 1, 1)
+        if self.prediction == "flow":
+            return (1 - level) * latents + level * noise, noise - latents
+        signal, deviation = level.sqrt(), (1 - level).sqrt()
         target = noise if self.prediction == "epsilon" else signal * noise - deviation * latents
         return signal * latents + deviation * noise, target
 

@@ -1,8 +1,10 @@
 """Encodes a testbed's training set for its source model: latents and the token states of the captions.
 
     python -m abu.encode --mode emoji      # one minute on two cores
+    python -m abu.encode --flips           # also the images flipped, for influence with two views
 
-Writes `trainset/latents.npy` [N, c, h, w] float32 and `trainset/text_embeddings.npy` [N, 1, 16, 384] float16.
+Writes `trainset/latents.npy` [N, c, h, w] float32 and `trainset/text_embeddings.npy` [N, 1, 16, 384] float16; with
+`--flips` also `trainset/latents_flipped.npy`.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import asdict
+from functools import partial
 
 import numpy as np
 import torch
@@ -31,12 +34,15 @@ from feature_extraction.readers import read_split
 
 
 @torch.inference_mode()
-def encode_images(testbed: Testbed, device: torch.device, batch_size: int = 256) -> np.ndarray:
-    """Standardised latents [N, c, h, w] of the training images."""
+def encode_images(
+    testbed: Testbed, device: torch.device, batch_size: int = 256, *, flipped: bool = False
+) -> np.ndarray:
+    """Standardised latents [N, c, h, w] of the training images, or of these flipped left to right."""
     model = Autoencoder(testbed.autoencoder)
     load_module(model, testbed.source / "autoencoder.safetensors")
     model.to(device).eval()
     images = testbed.load_images()
+    images = images.flip(-1) if flipped else images
     starts = tqdm(range(0, len(images), batch_size), desc="latents", unit="batch")
     parts = [model.encode(images[s : s + batch_size].to(device).float() / 127.5 - 1).cpu() for s in starts]
     return torch.cat(parts).numpy()
@@ -57,6 +63,7 @@ def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m abu.encode", description=__doc__.splitlines()[0])
     add_testbed_flags(parser)
+    parser.add_argument("--flips", action="store_true", help="also encode the images flipped left to right")
     args = parser.parse_args(argv)
     testbed = testbed_from(args)
     device = best_device()
@@ -65,11 +72,16 @@ def main(argv: list[str] | None = None) -> None:
     )
     trainset = require_file(testbed.parquet, f"python -m feature_extraction.emoji --mode {args.mode}")
     command, data = f"python -m abu.encode --mode {args.mode}", {"trainset": sha256_file(trainset)}
-    for path, inputs, encode in (
-        (trainset.with_name("latents.npy"), data | {"autoencoder": sha256_file(weights)}, encode_images),
-        (trainset.with_name("text_embeddings.npy"), data, encode_captions),
-    ):
-        config = asdict(testbed.autoencoder) if encode is encode_images else {"encoder": "all-MiniLM-L6-v2"}
+    encoded, shape = data | {"autoencoder": sha256_file(weights)}, asdict(testbed.autoencoder)
+    outputs = [
+        ("latents.npy", encoded, shape, encode_images),
+        ("text_embeddings.npy", data, {"encoder": "all-MiniLM-L6-v2"}, encode_captions),
+    ]
+    if args.flips:
+        flipped = partial(encode_images, flipped=True)
+        outputs.append(("latents_flipped.npy", encoded, shape | {"flipped": True}, flipped))
+    for name, inputs, config, encode in outputs:
+        path = trainset.with_name(name)
         if manifest_difference(path, config, inputs) is None:
             print(f"{path}: up to date")
             continue

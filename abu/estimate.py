@@ -15,7 +15,7 @@ import torch
 from abu.cluster import Worker
 from abu.plan import Collection, Piece
 
-SAMPLE = {"query": 16, "pass": 64}
+SAMPLE = {"query": 16, "pass": 64, "scores": 64}
 """Examples that are computed to measure the rate."""
 
 
@@ -54,13 +54,13 @@ def estimate(worker: Worker, collection: Collection, pieces: list[Piece], worker
     missing, threads = collection.missing(pieces), torch.get_num_threads()
     torch.set_num_threads(max(1, threads // workers))
     try:
-        measured = {(p.stage, p.part if p.stage == "query" else "training"): p for p in reversed(missing)}
+        measured = {piece.examples: piece for piece in reversed(missing)}
         costs = {key: _measure(worker, piece) for key, piece in measured.items()}
     finally:
         torch.set_num_threads(threads)
     seconds = disk = 0.0
     for piece in missing:
-        per_second, per_byte = costs[piece.stage, piece.part if piece.stage == "query" else "training"]
+        per_second, per_byte = costs[piece.examples]
         seconds += per_second * (piece.stop - piece.start) / workers
         disk += per_byte * (piece.stop - piece.start)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 * workers
@@ -87,5 +87,5 @@ def _measure(worker: Worker, piece: Piece) -> tuple[float, float]:
     arrays = worker.compute(Piece(piece.stage, piece.part, piece.start, stop))
     seconds = time.perf_counter() - began
     packed = io.BytesIO()
-    np.savez_compressed(packed, allow_pickle=False, **arrays)
+    np.savez(packed, allow_pickle=False, **arrays)
     return seconds / (stop - piece.start), packed.getbuffer().nbytes / (stop - piece.start)

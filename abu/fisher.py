@@ -2,12 +2,17 @@
 
     python -m abu.fisher fit                                    # EK-FAC of the key/value layers (AbU+), the default
     python -m abu.fisher fit --kind diagonal --layers attn      # diagonal Fisher (AbU) of all attention projections
+    python -m abu.fisher fit --source data/coco/model.bin --trainset data/coco/trainset --output data/coco/ekfac_fisher
+    python -m abu.fisher fit --source stable-diffusion-v1-4/ --trainset laion-encoded --output sd-ekfac
     python -m abu.fisher inspect weights/emoji_ldm/ekfac.safetensors --output spectrum.png
     python -m abu.fisher convert weights/emoji_ldm/ekfac.safetensors kronfluence_factors
 
 EK-FAC takes two sweeps over the training set with the same draws of (t, ε): the first sums the covariances A and B, the
 second the corrected eigenvalues S of single draws' gradients. The diagonal Fisher takes one. Output gradients of the
 first sweep that fit into memory are kept, so that the second needs no network for them.
+
+`--source` takes COCO's model.bin or a pipeline of diffusers (folder, or name on the hub), and `--trainset` the folder
+that abu.encode_pictures wrote for it; draw k of a picture uses its caption k and, in turn, its flipped view.
 """
 
 from __future__ import annotations
@@ -23,19 +28,19 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from abu.curvature import DAMPING, EKFAC, Curvature, DiagonalFisher, eigenbasis
+from abu.curvature import CHUNK, DAMPING, EKFAC, Curvature, DiagonalFisher, eigenbasis
 from abu.diffusion_loss import NoiseSchedule, at_least_float32
 from abu.draws import DrawConfig, draw
+from abu.encoded import LATENTS, EncodedPictures
 from abu.kronfluence_files import load_curvature, save_curvature
 from abu.layers import PATTERNS, GroupGradients, LayerGradients, LayerPattern, select_layers
 from abu.models import SourceModel
+from abu.pipelines import open_source, source_hashes
 from abu.spectrum import draw_spectra, spectra
 from abu.testbed import Testbed, add_testbed_flags, testbed_from
 from fastgda.core import best_device, command_line, sha256_file, write_manifest
 from fastgda.flags import add_flags, from_flags
 
-CHUNK = 8
-"""Examples whose gradients [out, in] are in memory at once: a few stay in the processor's cache."""
 STANDARD = ("ekfac", "cross-attn-kv")
 """The factors that fit into one file, because their layers read one input."""
 KEPT_BYTES = 2**30
@@ -152,12 +157,13 @@ class TrainingGradients:
         batch_size: int,
         kept_bytes: int,
     ) -> None:
-        self.engine, self.schedule, self.latents, self.text = engine, schedule, latents, text
+        self.engine, self.schedule, self.latents = engine, schedule, latents
+        self.text = text if text.dim() == 4 else text[:, None]
         # Every timestep lies in one bin of the full width, so a draw is uniform over all of them.
         self.draws = DrawConfig(bins=1, draws=config.draws, antithetic=False, timesteps=len(schedule), seed=config.seed)
         self.batches = [
-            (range(start, min(start + batch_size, len(latents))), index)
-            for start in range(0, len(latents), batch_size)
+            (range(start, min(start + batch_size, len(text))), index)
+            for start in range(0, len(text), batch_size)
             for index in range(config.draws)
         ]
         self.kept: list[list[GroupGradients]] = []
@@ -176,7 +182,10 @@ class TrainingGradients:
 
     def _compute(self, rows: range, index: int) -> list[GroupGradients]:
         device = next(self.engine.model.parameters()).device
-        x, tokens = (t[rows.start : rows.stop].to(device) for t in (self.latents, self.text))
+        images, captions = self.text.shape[:2]
+        first = index % (len(self.latents) // images) * images
+        x = at_least_float32(self.latents[first + rows.start : first + rows.stop].to(device))
+        tokens = at_least_float32(self.text[rows.start : rows.stop, index % captions].to(device))
         timesteps, noise = draw(self.draws, "curvature", list(rows), 0, 0, index, tuple(x.shape[1:]))
         timesteps, noise = timesteps.to(device), noise.to(x)
         groups, losses = self.engine(*self.schedule.noised(x, noise, timesteps), timesteps, tokens)
@@ -196,11 +205,15 @@ def fit_curvature(
     batch_size: int = 64,
     kept_bytes: int = KEPT_BYTES,
 ) -> Curvature:
-    """Factors from the whole training set: latents [N, c, h, w], token states [N, T, d]."""
+    """Factors from the whole training set.
+
+    latents [N, c, h, w], or [2N, c, h, w] with the flipped images behind; token states [N, T, d], or [N, C, T, d] with
+    several captions. Draw k takes caption k mod C, and the flipped image where k is odd and there is one.
+    """
     engine = LayerGradients(denoiser, config.layers)
     kept = kept_bytes if config.kind == "ekfac" else 0
     batches = TrainingGradients(engine, schedule, latents, text, config, batch_size, kept)
-    return fit_factors(batches, config, at_least_float32(latents).dtype)
+    return fit_factors(batches, config, at_least_float32(latents[:1]).dtype)
 
 
 def fit_testbed(testbed: Testbed, source: SourceModel, config: CurvatureConfig, path: Path) -> Curvature:
@@ -215,9 +228,29 @@ def fit_testbed(testbed: Testbed, source: SourceModel, config: CurvatureConfig, 
     return curvature
 
 
+def fit_encoded(source: str, trainset: Path, config: CurvatureConfig, path: Path) -> Curvature:
+    """Fits the curvature of any source model on encoded pictures and writes it to the folder `path`."""
+    if path.suffix == ".safetensors":
+        raise ValueError(f"{path}: expected a folder for the factors of --source, found a file's name")
+    encoded = EncodedPictures.open(trainset)
+    model = open_source(source, best_device())
+    arrays = torch.from_numpy(encoded.latents), torch.from_numpy(encoded.text)
+    curvature = fit_curvature(model.denoiser, model.schedule, *arrays, config)
+    files = save_curvature(path, curvature)
+    inputs = source_hashes(source) | {"latents": sha256_file(trainset / LATENTS)}
+    write_manifest(path, config, command="python -m abu.fisher fit", inputs=inputs, files=files)
+    return curvature
+
+
 def run_fit(args: argparse.Namespace) -> None:
     """Fits and prints the spectrum."""
-    testbed, config = testbed_from(args), from_flags(CurvatureConfig, args)
+    config = from_flags(CurvatureConfig, args)
+    if args.source:
+        if not (args.trainset and args.output):
+            raise ValueError("--source: expected --trainset and --output with it, found neither or one of them")
+        print(*spectra(fit_encoded(args.source, args.trainset, config, args.output)), args.output, sep="\n")
+        return
+    testbed = testbed_from(args)
     folder = testbed.source / f"{config.kind}-{config.layers}"
     path = args.output or (testbed.curvature if (config.kind, config.layers) == STANDARD else folder)
     curvature = fit_testbed(testbed, testbed.load_source(best_device()), config, path)
@@ -248,6 +281,8 @@ def main(argv: list[str] | None = None) -> None:
     fit = stages.add_parser("fit", help="estimate the factors on a testbed's training set")
     add_testbed_flags(fit)
     add_flags(fit, CurvatureConfig)
+    fit.add_argument("--source", help="COCO's model.bin or a pipeline of diffusers, in place of a testbed's model")
+    fit.add_argument("--trainset", type=Path, help="folder that abu.encode_pictures wrote for --source")
     fit.add_argument(
         "--output", type=Path, help="a folder in Kronfluence's layout, or for the default a .safetensors file"
     )

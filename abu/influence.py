@@ -1,72 +1,111 @@
 """Exact influence: unlearn the query, measure how much each training image's loss rises (paper, eqs. 1 and 2).
 
-    θ_{−ẑ} = θ0 + (α/N) F⁻¹ ∇𝓛(ẑ, θ0)        τ(ẑ, z) = 𝓛(z, θ_{−ẑ}) − 𝓛(z, θ0), the same (t, ε) in both terms
+    τ(ẑ, z) = 𝓛(z, θ_{−ẑ}) − 𝓛(z, θ0), the same (t, ε) in both terms; the larger of the views' τ where there are two
 
-Noise is keyed by the training image, so the baseline losses are computed once for all queries, and a subset of the
-images gets the losses that the full set gets, up to the rounding of differently shaped matrix products. Only sums over
-timesteps of float32 losses are subtracted.
+`abu.unlearn` moves the weights, `abu.sweep` takes the losses, with noise that depends on the training image only: the
+losses at θ0 are computed once for all queries, and a subset of the images gets the losses that the full set gets.
+`mean_losses` is the plain form, for any models.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from abu.amortised import Examples
-from abu.curvature import DiagonalFisher
+from abu.curvature import Curvature
 from abu.diffusion_loss import NoiseSchedule, example_losses
 from abu.draws import DrawConfig
-from abu.keyvalue import OutputGradients, key_value_layers
-from abu.layers import add_to_weights
+from abu.kronfluence_files import load_curvature
+from abu.layers import select_layers
+from abu.loss_draws import LossDraws, TrainingImages, open_images
+from abu.sweep import Sweep, SweepConfig
+from abu.testbed import Testbed
+from abu.unlearn import Change, UnlearnConfig, unlearn
+from fastgda.core import manifest_path, read_manifest, require_file, sha256_file
+
+SHARD = 256
+"""Images whose noised inputs are in memory at once."""
 
 
 @dataclass(frozen=True)
-class UnlearnConfig:
-    """The unlearning step."""
+class ExactInfluence:
+    """Everything that exact influence is computed with."""
 
-    step: float = 0.01
-    """α of eq. 1, which is divided by N."""
-    draws: int = 10
-    """Draws of (t, ε) in each timestep bin for the query's gradient."""
+    model: nn.Module
+    schedule: NoiseSchedule
+    curvature: Curvature
+    sweep: Sweep
+    unlearning: UnlearnConfig
+
+    @staticmethod
+    def of(
+        testbed: Testbed, unlearning: UnlearnConfig, draws: LossDraws, config: SweepConfig, device: torch.device
+    ) -> ExactInfluence:
+        """`ValueError` if the factors are not the model's, or if there are fewer views or captions than drawn."""
+        source = testbed.load_source(device)
+        sweep = Sweep(source.denoiser, source.schedule, training_images(testbed), draws, config)
+        curvature = model_curvature(testbed, source.denoiser)
+        return ExactInfluence(source.denoiser, source.schedule, curvature, sweep, unlearning)
+
+    @property
+    def images(self) -> TrainingImages:
+        """The training set."""
+        return self.sweep.images
+
+    def unlearned(self, query: Examples) -> Change:
+        """θ_{−ẑ} − θ0 of one query."""
+        return unlearn(self.model, self.schedule, self.curvature, query, self.unlearning, len(self.images))
 
 
-def query_gradient(
-    model: nn.Module,
-    schedule: NoiseSchedule,
-    curvature: DiagonalFisher,
-    query: Examples,
-    draws: DrawConfig,
-    runs: int = 1,
-) -> Tensor:
-    """U_Bᵀ ∇𝓛(ẑ, θ0) U_A [out, in] of one query, averaged over all bins, draws and runs."""
-    engine = OutputGradients(model)
-    curvature.require_fit(engine.layers)
-    total = torch.zeros_like(curvature.eigenvalues)
-    for run in range(runs):
-        for timesteps, noise in all_draws(draws, query, run):
-            gradients = engine(*schedule.noised(query.latents, noise, timesteps), timesteps, query.text)[0]
-            total += curvature.rotated_gradients(gradients, query.text)[0]
-    return total / (runs * draws.bins * draws.draws)
+def training_images(testbed: Testbed) -> TrainingImages:
+    """The testbed's training set, mapped from its files."""
+    return open_images(testbed.data / "trainset", f"python -m abu.encode --mode {testbed.name}")
+
+
+def model_curvature(testbed: Testbed, model: nn.Module) -> Curvature:
+    """The testbed's factors for `model`; `ValueError` if they are those of other layers, shapes or weights."""
+    layers = select_layers(model)
+    curvature = load_curvature(testbed.curvature).for_layers(layers)
+    if manifest_path(testbed.curvature).is_file():
+        fitted = read_manifest(testbed.curvature)["inputs"].get("denoiser")
+        weights = sha256_file(require_file(testbed.source / "denoiser.safetensors"))
+        if fitted not in (None, weights):
+            raise ValueError(
+                f"{testbed.curvature}: expected factors of the model {weights[:12]}…, found those of {fitted[:12]}…; "
+                "fit them with: python -m abu.fisher fit"
+            )
+    weight = next(iter(layers.values())).weight
+    groups = tuple(group.to(weight.dtype).to(weight.device) for group in curvature.groups)
+    return Curvature(groups, curvature.examples)
+
+
+def exact_influence(
+    sweep: Sweep, ids: Sequence[int], changes: Sequence[Change], *, progress: bool = False
+) -> np.ndarray:
+    """τ [queries, ids], float64, higher = more influential; `changes` are θ_{−ẑ} − θ0 of each query."""
+    parts = []
+    starts = range(0, len(ids), SHARD)
+    for start in tqdm(starts, desc="influence", unit="shard", disable=not progress):
+        losses = sweep.losses(ids[start : start + SHARD], [None, *changes])
+        parts.append(loss_change(losses[:1], losses[1:]))
+    return np.concatenate(parts, axis=1)
+
+
+def loss_change(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """τ [...] from losses [..., views]: the larger change of the views."""
+    return (after - before).max(axis=-1)
 
 
 def all_draws(config: DrawConfig, examples: Examples, run: int) -> Iterator[tuple[Tensor, Tensor]]:
     """(timesteps [B], noise [B, c, h, w]) of every draw of one run."""
     for bin_index in range(config.bins):
         yield from examples.draws(config, run, bin_index)
-
-
-def unlearn(model: nn.Module, curvature: DiagonalFisher, gradient: Tensor, step: float, images: int) -> nn.Module:
-    """A copy of `model` at θ_{−ẑ}; `gradient` [out, in] in the eigenbasis, `images` is N."""
-    moved = copy.deepcopy(model)
-    delta = curvature.natural_gradient(gradient) * (step / images)
-    for layer, change in zip(key_value_layers(moved).values(), delta.split(curvature.sizes), strict=True):
-        add_to_weights(layer, change)
-    return moved
 
 
 @torch.inference_mode()

@@ -2,10 +2,14 @@
 
 All of them read the same input, the text tokens a [B, T, in]; so the gradient of an example's loss for all layers
 together is Σ_tokens gᵀa with g [B, T, Σ out] the gradients at the layers' outputs, side by side.
+
+Where a model reads the text only through other layers, or through hidden states that change with (t, ε) as a joint
+attention's do (SD3, PixArt), a is not the text and this does not hold: see `abu.grouped`.
 """
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from abu.layers import Layer, LayerGradients, select_layers
@@ -26,10 +30,20 @@ class OutputGradients:
     def __call__(self, noisy: Tensor, target: Tensor, timesteps: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """(g [B, T, Σ out], losses [B]) with g the gradient of each example's own loss, in float32 or better.
 
-        Raises `ValueError` unless the layers read the tensor `text` itself.
+        `text` may carry a pooled embedding in further rows (`abu.conditioning`), at which g is zero. Raises
+        `ValueError` unless the layers read the token states of `text` as they are.
         """
         groups, losses = self.engine(noisy, target, timesteps, text)
-        others = [group.names[0] for group in groups if group.inputs is not text]
+        others = [group.names[0] for group in groups if not is_beginning(group.inputs, text)]
         if others:
-            raise ValueError(f"{others[0]}: expected the layer to read the text tokens, found it reads something else")
-        return groups[0].outputs, losses
+            raise ValueError(
+                f"{others[0]}: expected the layer to read the text tokens, found it reads something else "
+                "(layers that do not share the text are served by abu.grouped)"
+            )
+        return F.pad(groups[0].outputs, (0, 0, 0, text.shape[1] - groups[0].outputs.shape[1])), losses
+
+
+def is_beginning(tokens: Tensor, text: Tensor) -> bool:
+    """Whether `tokens` [B, T, d] is `text`, or its first rows seen through a view."""
+    same_place = tokens.data_ptr() == text.data_ptr() and tokens.stride() == text.stride()
+    return tokens is text or (same_place and tokens.shape[0] == text.shape[0] and tokens.shape[2] == text.shape[2])

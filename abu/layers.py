@@ -30,10 +30,18 @@ PATTERNS: dict[str, str] = {
     "all": r".*",
 }
 """Pattern -> regular expression for the end of a layer's name: text key/value projections of cross-attention, all
-projections of cross-attention, those of all attention, every Linear and Conv2d."""
+projections of cross-attention, those of all attention, every Linear and Conv2d. A model that declares its text
+key/value projections (`declare_key_values`) has those for "cross-attn-kv", whatever they are called."""
+DECLARED = "text_key_values"
+"""Attribute that holds a model's declared text key/value projections."""
 Layer: TypeAlias = nn.Linear | nn.Conv2d
 SHOWN = 12
 """Kinds of layers that an error names."""
+
+
+def declare_key_values(model: nn.Module, names: tuple[str, ...]) -> None:
+    """Says which layers of `model` "cross-attn-kv" means, where their names do not; copies of the model know it too."""
+    object.__setattr__(model, DECLARED, names)
 
 
 def select_layers(model: nn.Module, pattern: str = "cross-attn-kv") -> dict[str, Layer]:
@@ -46,7 +54,9 @@ def select_layers(model: nn.Module, pattern: str = "cross-attn-kv") -> dict[str,
         raise ValueError(f"layers: expected one of {', '.join(PATTERNS)}, found {pattern!r}")
     existing: dict[str, Layer] = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
     ending = re.compile(rf"(.*\.)?{PATTERNS[pattern]}")
-    layers = {name: layer for name, layer in existing.items() if ending.fullmatch(name)}
+    declared = getattr(model, DECLARED, None) if pattern == "cross-attn-kv" else None
+    wanted = (lambda name: name in declared) if declared is not None else ending.fullmatch
+    layers = {name: layer for name, layer in existing.items() if wanted(name)}
     if not layers:
         kinds = sorted({re.sub(r"\d+", "*", name) for name in existing})
         listed = ", ".join(kinds[:SHOWN]) + (f" and {len(kinds) - SHOWN} more" if len(kinds) > SHOWN else "")

@@ -1,4 +1,4 @@
-"""Source models: the testbed's latent diffusion model, built from diffusers parts. The only importer of diffusers.
+"""Source models: the testbed's latent diffusion model, built from diffusers parts.
 
 An autoencoder maps an RGB image of P pixels to latents of P/8 with `latent_channels` channels: the image is folded
 2×2 into 12 channels (which spares the costly full resolution on a CPU) and an `AutoencoderKL` of three levels does the

@@ -20,6 +20,7 @@ from fastgda.core import manifest_difference, manifest_path, save_npz, write_man
 
 FAILED = "failed.jsonl"
 T = TypeVar("T", bound="Task")
+Stage = Literal["query", "pass", "scores"]
 RECENT = 20
 """Pieces that the rate is measured on."""
 
@@ -34,11 +35,11 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Piece:
-    """Examples `start` to `stop` of one split of the queries, or of one pass over the training set."""
+    """Examples `start` to `stop`: gradients of a split of the queries or of a pass over the training set, or scores."""
 
-    stage: Literal["query", "pass"]
+    stage: Stage
     part: str
-    """The split, or the number of the pass."""
+    """The split, the number of the pass, or the number of passes that the scores are made from."""
     start: int
     stop: int
 
@@ -47,8 +48,13 @@ class Piece:
         """Its file."""
         return f"{self.stage}_{self.part}_{self.start:06d}.npz"
 
+    @property
+    def examples(self) -> str:
+        """Whose examples they are: the split of the queries, or "training" for passes and scores."""
+        return self.part if self.stage == "query" else "training"
 
-def cut(stage: Literal["query", "pass"], part: str, total: int, size: int) -> list[Piece]:
+
+def cut(stage: Stage, part: str, total: int, size: int) -> list[Piece]:
     """Pieces of at most `size` examples."""
     return [Piece(stage, part, start, min(start + size, total)) for start in range(0, total, size)]
 
@@ -59,13 +65,13 @@ class Collection:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def claim(self, config: Any, inputs: dict[str, str]) -> None:
+    def claim(self, config: Any, inputs: dict[str, str], command: str = "python -m abu.collect") -> None:
         """Marks the folder as holding pieces of these settings and inputs; `ValueError` if it holds others."""
         if not manifest_path(self.folder).is_file():
             if any(self.folder.glob("*.npz")):
                 raise ValueError(f"{self.folder}: expected a manifest beside the pieces, found none; delete the folder")
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_manifest(self.folder, config, command="python -m abu.collect", inputs=inputs)
+            write_manifest(self.folder, config, command=command, inputs=inputs)
         difference = manifest_difference(self.folder, config, inputs)
         if difference is not None:
             raise ValueError(
@@ -82,8 +88,8 @@ class Collection:
         return [piece for piece in pieces if not self.path(piece).is_file()]
 
     def store(self, piece: Task, arrays: dict[str, np.ndarray]) -> None:
-        """Writes a piece, whole or not at all."""
-        save_npz(self.path(piece), **arrays)
+        """Writes a piece, whole or not at all; what is mostly noise would only lose time by being compressed."""
+        save_npz(self.path(piece), compress=False, **arrays)
 
     def failed(self, piece: Task, attempt: int, error: str) -> None:
         """Adds a line to failed.jsonl."""

@@ -72,6 +72,12 @@ class Testbed:
         arrays = [np.asarray(table.image(row)) for row in rows]
         return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
+    @property
+    def images(self) -> int:
+        """N, the number of encoded training images; reads no more than the header of their latents."""
+        made_by = f"python -m abu.encode --mode {self.name}"
+        return len(load_npy(self.data / "trainset/latents.npy", (None,) * 4, mmap=True, made_by=made_by))
+
     def load_arrays(self) -> tuple[np.ndarray, np.ndarray]:
         """(latents [N, c, h, w], token states [N, captions, T, d]) of the training set."""
         made_by = f"python -m abu.encode --mode {self.name}"
@@ -108,16 +114,16 @@ TESTBEDS = {
         "emoji",
         AutoencoderConfig(),
         LoopConfig(steps=2600, batch_size=64, learning_rate=1.5e-3, ema=0.999, bf16=True),
-        DiffusionConfig(prediction="v_prediction"),
-        LoopConfig(steps=16_000, batch_size=64, learning_rate=1e-3, warmup=300, ema=0.9995),
+        DiffusionConfig(channels=(64, 128), prediction="v_prediction"),
+        LoopConfig(steps=9_000, batch_size=64, learning_rate=1e-3, warmup=300, ema=0.9995),
         {"test": (110, 1), "val": (60, 1), "train": (1200, 1)},
     ),
     "emoji-mini": Testbed(
         "emoji-mini",
         AutoencoderConfig(latent_channels=16),
         LoopConfig(steps=3000, batch_size=64, learning_rate=1.5e-3, ema=0.999, bf16=True),
-        DiffusionConfig(sample_size=4, latent_channels=16, channels=(64, 128), prediction="v_prediction"),
-        LoopConfig(steps=2400, batch_size=64, learning_rate=2e-3, warmup=100, ema=0.995),
+        DiffusionConfig(sample_size=4, latent_channels=16, channels=(48, 96), prediction="v_prediction"),
+        LoopConfig(steps=1200, batch_size=64, learning_rate=2e-3, warmup=60, ema=0.99),
         {"test": (110, 3), "val": (60, 3), "train": (720, 9)},
     ),
 }

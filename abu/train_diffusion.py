@@ -1,6 +1,6 @@
 """Trains a testbed's latent diffusion model on the encoded training set.
 
-    python -m abu.train_diffusion --mode emoji      # about 100 minutes on two cores; resumes where it stopped
+    python -m abu.train_diffusion --mode emoji      # about 70 minutes on two cores; resumes where it stopped
 
 Timesteps are stratified over the batch, one caption in ten is dropped (all-zero token states) so that sampling can be
 guided, and what is kept is the moving average of the weights.

@@ -85,7 +85,9 @@ def train(
     """
     model.to(device).train()
     runner = torch.compile(model) if config.compile else model
-    optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), config.learning_rate, weight_decay=config.weight_decay, fused=True
+    )
     averaged = {name: value.detach().clone() for name, value in model.state_dict().items()}
     history: list[float] = []
     path = folder / "checkpoint.pt"

@@ -20,13 +20,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from abu.amortised import Examples
-from abu.curvature import EKFAC, DiagonalFisher
+from abu.curvature import Curvature
 from abu.diffusion_loss import NoiseSchedule
 from abu.draws import DrawConfig
-from abu.influence import all_draws, mean_losses, query_gradient, unlearn
+from abu.influence import ExactInfluence, all_draws, mean_losses
 from abu.keyvalue import OutputGradients
-from abu.models import SourceModel
+from abu.loss_draws import LossDraws
+from abu.sweep import SweepConfig
 from abu.testbed import Testbed, add_testbed_flags, testbed_from
+from abu.unlearn import UnlearnConfig, moved_model, natural_step, query_gradient
 from fastgda.core import best_device, command_line, environment, load_npz, save_json, save_npz
 from fastgda.dataset import default_levels
 from fastgda.metrics import overlap, spearman
@@ -51,68 +53,66 @@ class ExactConfig:
     """Images on which float32 is compared with float64."""
 
     @property
-    def draws(self) -> DrawConfig:
+    def draws(self) -> LossDraws:
         """Draws of the training images."""
-        return DrawConfig(self.bins, 1, antithetic=False)
+        return LossDraws(timesteps=self.bins, antithetic=False)
 
 
 def first_order(
     model: nn.Module,
     schedule: NoiseSchedule,
-    curvature: DiagonalFisher,
+    curvature: Curvature,
     gradients: Tensor,
     examples: Examples,
     draws: DrawConfig,
 ) -> Tensor:
     """⟨F⁻¹∇𝓛(ẑ), ∇𝓛(z)⟩ [Q, B] with the draws that the exact form uses; `gradients` [Q, out, in] in the eigenbasis."""
-    engine, scaled = OutputGradients(model), (gradients / curvature.damped()).flatten(1)
+    engine, factors = OutputGradients(model), curvature.shared()
+    scaled = (gradients / factors.damped()).flatten(1)
     total = torch.zeros(len(gradients), len(examples.ids))
     for timesteps, noise in all_draws(draws, examples, 0):
         output = engine(*schedule.noised(examples.latents, noise, timesteps), timesteps, examples.text)[0]
-        total += (scaled @ curvature.rotated_gradients(output, examples.text).flatten(1).mT).float().cpu()
+        total += (scaled @ factors.rotated_gradients(output, examples.text).flatten(1).mT).float().cpu()
     return total / (draws.bins * draws.draws)
 
 
-def collect(
-    source: SourceModel, curvature: DiagonalFisher, testbed: Testbed, folder: Path, config: ExactConfig
-) -> None:
+def collect(exact: ExactInfluence, testbed: Testbed, folder: Path, config: ExactConfig) -> None:
     """Writes a piece for every shard of training images: before [B], after [steps, Q, B], amortised [Q, B]."""
-    device, schedule = source.device, source.schedule
+    model, schedule, curvature = exact.model, exact.schedule, exact.curvature
+    device = exact.sweep.device
     examples, queries = testbed.training_examples(device), testbed.query_examples("test", device)
-    drawing = DrawConfig(config.bins, config.query_draws)
-    gradients = torch.stack(
-        [
-            query_gradient(source.denoiser, schedule, curvature, queries.rows(i, i + 1), drawing)
-            for i in tqdm(range(config.queries), desc="query gradients", unit="query")
-        ]
-    )
-    moved = [
-        unlearn(source.denoiser, curvature, gradient, step, len(examples.ids))
-        for step in config.steps
-        for gradient in gradients
+    drawing, draws = DrawConfig(config.bins, config.query_draws), config.draws.stratified(len(schedule))
+    gradients = [
+        query_gradient(model, schedule, curvature, queries.rows(i, i + 1), drawing)
+        for i in tqdm(range(config.queries), desc="query gradients", unit="query")
     ]
+    changes = [
+        natural_step(curvature, gradient, step / len(examples.ids)) for step in config.steps for gradient in gradients
+    ]
+    rotated = torch.stack([gradient[0] for gradient in gradients])
     for start in tqdm(range(0, len(examples.ids), SHARD), desc="exact", unit="shard"):
         path = folder / f"exact_{start:06d}.npz"
         if path.is_file():
             continue
         batch = examples.rows(start, start + SHARD)
-        losses = mean_losses([source.denoiser, *moved], schedule, batch, config.draws, progress=False)
+        losses = exact.sweep.losses(batch.ids, [None, *changes])[..., 0]
         amortised = [
-            first_order(source.denoiser, schedule, curvature, gradients, batch.rows(low, low + 64), config.draws)
+            first_order(model, schedule, curvature, rotated, batch.rows(low, low + 64), draws)
             for low in range(0, len(batch.ids), 64)
         ]
         save_npz(
             path,
-            before=losses[0].numpy(),
-            after=losses[1:].view(len(config.steps), config.queries, -1).numpy(),
+            before=losses[0],
+            after=losses[1:].reshape(len(config.steps), config.queries, -1),
             amortised=torch.cat(amortised, 1).numpy(),
         )
     if not (folder / "float64.npz").is_file():
-        few, middle = examples.rows(0, config.float64_images), moved[:: config.queries]
+        few, middle = examples.rows(0, config.float64_images), changes[:: config.queries]
+        single = exact.sweep.losses(few.ids, [None, *middle])[..., 0]
         double = Examples(few.role, few.ids, few.latents.double(), few.text.double())
-        single = mean_losses([source.denoiser, *middle], schedule, few, config.draws)
-        exact = mean_losses([m.double() for m in (source.denoiser, *middle)], schedule, double, config.draws)
-        save_npz(folder / "float64.npz", single=single.numpy(), double=exact.numpy())
+        models = [model, *(moved_model(model, change) for change in middle)]
+        precise = mean_losses([m.double() for m in models], schedule, double, draws)
+        save_npz(folder / "float64.npz", single=single, double=precise.numpy())
 
 
 def summarise(folder: Path, config: ExactConfig) -> list[dict]:
@@ -153,8 +153,8 @@ def main(argv: list[str] | None = None) -> None:
     testbed, device = testbed_from(args), best_device()
     config = ExactConfig(args.queries, tuple(args.steps))
     folder = testbed.data / "cache" / f"exact_{config.queries}_{'_'.join(map(str, config.steps))}"
-    source, curvature = testbed.load_source(device), EKFAC.load(testbed.curvature).to(device)
-    collect(source, curvature, testbed, folder, config)
+    exact = ExactInfluence.of(testbed, UnlearnConfig(), config.draws, SweepConfig(), device)
+    collect(exact, testbed, folder, config)
     report = {"config": vars(config), "rows": summarise(folder, config), "environment": environment()}
     save_json(testbed.root / "results/teacher/exact.json", report)
 

@@ -4,15 +4,20 @@
 
 Both read the same noisy latents with the same batch size and write Kronfluence's folder; runs alternate, after one of
 each that is not counted. Differences are the largest over layers, relative to Kronfluence's factors in norm: of the
-corrected eigenvalues, and of F⁻¹∇W for a random ∇W, which does not depend on the signs of eigenvectors.
+corrected eigenvalues, and of F⁻¹∇W for a random ∇W, which does not depend on the signs of eigenvectors. The peak of the
+resident memory is measured in a process for each side, beside one that only loads the model and the data.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
+import json
 import logging
+import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -31,7 +36,7 @@ from abu.diffusion_loss import example_losses
 from abu.draws import DrawConfig, draw
 from abu.fisher import CurvatureConfig, fit_curvature
 from abu.kronfluence_files import load_curvature, save_curvature
-from abu.layers import PATTERNS, matrix_shape, select_layers
+from abu.layers import PATTERNS, Layer, matrix_shape, select_layers
 from abu.models import DiffusionConfig, build_denoiser, noise_schedule
 from abu.testbed import TESTBEDS
 from fastgda.core import ROOT, command_line, environment, save_json
@@ -101,8 +106,19 @@ def differences(ours: Curvature, theirs: Curvature) -> dict[str, float]:
     }
 
 
-def compare(size: Size, layers: str, repeats: int, folder: Path) -> dict[str, Any]:
-    """One row of the report."""
+@dataclass(frozen=True)
+class Sides:
+    """The two ways to the same factors, on one model and data."""
+
+    ours: Callable[[], None]
+    """Fits and writes `folder/ours`."""
+    theirs: Callable[[], None]
+    """Fits and writes `folder/kronfluence/factors_theirs`."""
+    layers: dict[str, Layer]
+
+
+def sides(size: Size, layers: str, folder: Path) -> Sides:
+    """Both ways, for random weights and data."""
     torch.manual_seed(0)
     denoiser, schedule = build_denoiser(size.model).eval().requires_grad_(False), noise_schedule(size.model)
     shape = (size.model.latent_channels, size.model.sample_size, size.model.sample_size)
@@ -112,8 +128,9 @@ def compare(size: Size, layers: str, repeats: int, folder: Path) -> dict[str, An
     timesteps, noise = draw(draws, "curvature", list(range(size.images)), 0, 0, 0, shape)
     dataset = TensorDataset(*schedule.noised(latents, noise, timesteps), timesteps, text)
     chosen = select_layers(denoiser, layers)
-    analyzer = analyzer_of(denoiser, chosen, folder)
     arguments = FactorArguments(strategy="ekfac", use_empirical_fisher=True)
+    # made by the first fit, which is not timed
+    analyzer = functools.cache(lambda: analyzer_of(denoiser, chosen, folder))
 
     def fit_ours() -> None:
         curvature = fit_curvature(denoiser, schedule, latents, text, config, batch_size=BATCH)
@@ -121,22 +138,48 @@ def compare(size: Size, layers: str, repeats: int, folder: Path) -> dict[str, An
 
     def fit_theirs() -> None:
         options = {"per_device_batch_size": BATCH, "factor_args": arguments, "overwrite_output_dir": True}
-        analyzer.fit_all_factors("theirs", dataset, **options)
+        analyzer().fit_all_factors("theirs", dataset, **options)
 
-    seconds = [(_timed(fit_ours), _timed(fit_theirs)) for _ in range(repeats + 1)][1:]
+    return Sides(fit_ours, fit_theirs, chosen)
+
+
+def compare(name: str, layers: str, repeats: int, folder: Path) -> dict[str, Any]:
+    """One row of the report."""
+    size = SIZES[name]
+    both = sides(size, layers, folder)
+    seconds = [(_timed(both.ours), _timed(both.theirs)) for _ in range(repeats + 1)][1:]
     ours, theirs = (statistics.median(side) for side in zip(*seconds, strict=True))
     found = [load_curvature(path) for path in (folder / "ours", folder / "kronfluence/factors_theirs")]
+    base, *peaks = (peak_in_process(name, layers, side) for side in ("none", "ours", "theirs"))
     return {
         "layers": layers,
-        "weights": sum(rows * columns for rows, columns in map(matrix_shape, chosen.values())),
+        "weights": sum(rows * columns for rows, columns in map(matrix_shape, both.layers.values())),
         "images": size.images,
         "tokens": size.tokens,
         "repeats": repeats,
         "seconds": round(ours, 3),
         "kronfluence_seconds": round(theirs, 3),
         "ratio": round(theirs / ours, 2),
-        "largest_relative_difference": differences(found[0], found[1].for_layers(chosen)),
+        "largest_relative_difference": differences(found[0], found[1].for_layers(both.layers)),
+        "peak_bytes": {"model_and_data": base, "ours": peaks[0], "kronfluence": peaks[1]},
     }
+
+
+def peak(name: str, layers: str, side: str) -> int:
+    """Peak resident memory in bytes of this process, which fits once, or not at all with "none"."""
+    with tempfile.TemporaryDirectory() as folder:
+        both = sides(SIZES[name], layers, Path(folder))
+        if side != "none":
+            {"ours": both.ours, "theirs": both.theirs}[side]()
+    # kilobytes on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def peak_in_process(name: str, layers: str, side: str) -> int:
+    """`peak` of a process of its own."""
+    command = [sys.executable, "-m", "benchmark.factors", "--peak", name, layers, side]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _timed(function: Callable[[], None]) -> float:
@@ -159,11 +202,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--layers", choices=tuple(PATTERNS), default="cross-attn-kv")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each side (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=ROOT / "results/teacher/factors.json")
+    parser.add_argument("--peak", nargs=3, metavar=("SIZE", "LAYERS", "SIDE"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    if args.peak is not None:
+        print(json.dumps(peak(*args.peak)))
+        return
     rows = {}
     for name in args.sizes:
         with tempfile.TemporaryDirectory() as folder:
-            rows[name] = compare(SIZES[name], args.layers, args.repeats, Path(folder))
+            rows[name] = compare(name, args.layers, args.repeats, Path(folder))
         print(name, rows[name])
     save_json(args.output, {"threads": torch.get_num_threads(), "sizes": rows, "environment": environment()})
 

@@ -1,6 +1,7 @@
 """Merges the teacher's scores into the rankings that the project ships, and measures how reliable they are.
 
     python -m feature_extraction.extract --ftype effnet     # features that the paper's candidates are taken from
+    python -m abu.collect scores
     python -m benchmark.teacher            # reads data/emoji/cache/teacher, writes data/emoji/influence_*.npz
 
 Reliability of a teacher: two runs with independent noise on both sides (training images and queries), mAP(L) of one
@@ -12,12 +13,13 @@ over queries of the correlation between the runs within each timestep bin, which
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from pathlib import Path
 
 import numpy as np
 
+from abu.collect import folder_of, pass_counts, score_plan, scores_folder, whole_passes
+from abu.plan import Collection
 from abu.testbed import SPLITS, Testbed, add_testbed_flags, testbed_from
 from fastgda.core import command_line, environment, load_npy, load_npz, read_manifest, save_json, write_manifest
 from fastgda.dataset import default_levels, layout, load_images, normalise
@@ -32,28 +34,13 @@ NEIGHBOURS, NEIGHBOUR_FTYPE = 10_000 / 118_287, "effnet"
 image feature (the paper takes DINO)."""
 
 
-def passes(folder: Path) -> list[int]:
-    """Numbers of the passes that have at least one piece."""
-    found = {int(match[1]) for path in folder.glob("pass_*.npz") if (match := re.match(r"pass_(\d+)_", path.name))}
-    if not found:
-        raise ValueError(
-            f"{folder}: expected pieces pass_*.npz, found none; make them with: python -m abu.collect training"
-        )
-    return sorted(found)
-
-
-def load_pass(folder: Path, index: int, key: str) -> np.ndarray:
-    """One array of a pass, its pieces joined along the training images (the last axis)."""
-    pieces = sorted(folder.glob(f"pass_{index}_*.npz"))
-    return np.concatenate([load_npz(piece, (key,))[key] for piece in pieces], axis=-1)
-
-
-def mean_over_passes(folder: Path, key: str, indices: list[int]) -> np.ndarray:
-    """The mean of an array over passes."""
-    total = load_pass(folder, indices[0], key).astype(np.float32)
-    for index in indices[1:]:
-        total += load_pass(folder, index, key)
-    return total / len(indices)
+def load_scores(testbed: Testbed, passes: int, key: str) -> np.ndarray:
+    """One array of the scores made from `passes` passes, its pieces joined along the training images (last axis)."""
+    folder = Collection(scores_folder(testbed))
+    made_by = "python -m abu.collect scores"
+    return np.concatenate(
+        [load_npz(folder.path(p), (key,), made_by)[key] for p in score_plan(testbed, passes)], axis=-1
+    )
 
 
 def training_candidates(scores: np.ndarray, first: int, others: int, seed: int) -> Rankings:
@@ -95,47 +82,44 @@ def reliability(first: np.ndarray, second: np.ndarray, levels: tuple[int, ...]) 
     }
 
 
-def run_scores(folder: Path, teacher: str, indices: list[int], tests: int) -> np.ndarray:
-    """Scores [runs, tests, N] of the test queries, each run from its own draws."""
+def run_scores(testbed: Testbed, passes: int, teacher: str, tests: int) -> np.ndarray:
+    """Scores [counts, runs, tests, N] of the test queries, each run from its own draws; counts as in `pass_counts`."""
     if teacher == "plain":
-        return mean_over_passes(folder, "plain_runs", indices)[:, -tests:]
-    return mean_over_passes(folder, "normalised_terms", indices)[:, :, -tests:].mean(1)
+        return load_scores(testbed, passes, "plain_runs")[:, :, -tests:]
+    terms = load_scores(testbed, passes, "normalised_terms")[:, :, :, -tests:]
+    weights = np.asarray(read_manifest(scores_folder(testbed))["config"]["bin_weights"], np.float32)
+    return np.einsum("b,crbqn->crqn", weights, terms.astype(np.float32))
 
 
-def measure(
-    folder: Path, teacher: str, indices: list[int], tests: int, levels: tuple[int, ...], config: dict
-) -> list[dict]:
-    """Reliability on the test queries against the number of pooled passes: 1, 2, 4, … and all."""
+def measure(runs: np.ndarray, teacher: str, draws: list[int], levels: tuple[int, ...]) -> list[dict]:
+    """Reliability of scores [counts, runs, tests, N], of which each run is made from so many draws per image."""
     rows = []
-    for count in sorted({2**k for k in range(len(indices).bit_length())} | {len(indices)}):
-        runs = run_scores(folder, teacher, indices[:count], tests)
-        draws = config["bins"] * config["training_draws"] * count
-        rows.append({"draws_per_run": draws} | reliability(runs[0], runs[1], levels))
-        print(f"{teacher:11s} {draws:4d} draws per image and run: {rows[-1]['mAP']}, Spearman {rows[-1]['spearman']}")
+    for count, (first, second) in zip(draws[-len(runs) :], runs, strict=True):
+        rows.append({"draws_per_run": count} | reliability(first, second, levels))
+        print(f"{teacher:11s} {count:4d} draws per image and run: {rows[-1]['mAP']}, Spearman {rows[-1]['spearman']}")
     return rows
 
 
-def bin_correlations(folder: Path, indices: list[int], tests: int) -> list[float]:
-    """Mean over test queries of the correlation between the two runs, for each timestep bin, all passes pooled."""
-    terms = mean_over_passes(folder, "normalised_terms", indices)[:, :, -tests:]
-    terms -= terms.mean(-1, keepdims=True)
+def bin_correlations(terms: np.ndarray) -> list[float]:
+    """Mean over queries of the correlation between the two runs, for terms [runs, bins, tests, N]."""
+    terms = terms - terms.mean(-1, keepdims=True, dtype=np.float32)
     terms /= np.linalg.norm(terms, axis=-1, keepdims=True)
     return (terms[0] * terms[1]).sum(-1).mean(-1).round(4).tolist()
 
 
-def merge(testbed: Testbed, folder: Path, out: Path) -> dict:
+def merge(testbed: Testbed, passes: int, out: Path) -> dict:
     """Writes the rankings of every split and returns the report."""
-    indices = passes(folder)
-    config = read_manifest(folder)["config"]
+    config = read_manifest(folder_of(testbed))["config"]
+    scoring = read_manifest(scores_folder(testbed))["config"]
     counts = {split: len(testbed.query_captions(split)) for split in SPLITS}
-    report: dict = {"queries": counts, "passes": len(indices), "teachers": {}}
+    levels = default_levels("emoji", testbed.images)
+    draws = [config["bins"] * config["training_draws"] * count for count in pass_counts(passes)]
+    report: dict = {"queries": counts, "passes": passes, "teachers": {}}
+    report["chance"] = {str(level): round(chance(level, testbed.images), 4) for level in levels}
     for teacher, name in TEACHERS.items():
-        scores = mean_over_passes(folder, teacher, indices)
-        levels = default_levels("emoji", scores.shape[1])
-        rows = measure(folder, teacher, indices, counts["test"], levels, config)
+        rows = measure(run_scores(testbed, passes, teacher, counts["test"]), teacher, draws, levels)
         report["teachers"][teacher] = rows
-        report["chance"] = {str(level): round(chance(level, scores.shape[1]), 4) for level in levels}
-        start = 0
+        scores, start = load_scores(testbed, passes, teacher), 0
         for split, count in counts.items():
             part = scores[start : start + count]
             start += count
@@ -151,11 +135,12 @@ def merge(testbed: Testbed, folder: Path, out: Path) -> dict:
                 rankings = Rankings(rankings.rank)
             path = out / f"{name}_{split}.npz"
             save_rankings(path, rankings)
-            settings = {"teacher": teacher, "passes": len(indices)} | config
+            settings = {"teacher": teacher, "passes": passes} | config | scoring
             extra = {"reliability": rows[-1]["mAP"], "reliability_draws": rows[-1]["draws_per_run"]}
             write_manifest(path, settings, command="python -m benchmark.teacher", **extra)
             print(f"{path}: {rankings.queries} queries, {rankings.candidates} images each")
-    report["bin_correlations"] = bin_correlations(folder, indices, counts["test"])
+    terms = load_scores(testbed, passes, "normalised_terms")[-1, :, :, -counts["test"] :]
+    report["bin_correlations"] = bin_correlations(terms)
     print("correlation of the runs by timestep bin:", report["bin_correlations"])
     return report
 
@@ -165,9 +150,10 @@ def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m benchmark.teacher", description=__doc__.splitlines()[0])
     add_testbed_flags(parser)
+    parser.add_argument("--passes", type=int, help="the scores made from so many passes (default: all whole passes)")
     args = parser.parse_args(argv)
     testbed = testbed_from(args)
-    report = merge(testbed, testbed.data / "cache/teacher", testbed.data)
+    report = merge(testbed, args.passes or whole_passes(testbed), testbed.data)
     save_json(testbed.root / "results/teacher/reliability.json", report | {"environment": environment()})
 
 

@@ -1,0 +1,61 @@
+"""What a collection's pieces depend on: recorded in the manifests of its folders, which never mix two settings.
+
+What was added later is a class of its own, so that folders of the settings before it still match.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from abu.draws import DrawConfig
+
+
+@dataclass(frozen=True)
+class CollectConfig:
+    """How many draws the gradients are averaged over."""
+
+    bins: int = 5
+    """Timestep bins; the normalised teacher is a weighted mean of cosines over them."""
+    training_draws: int = 2
+    """Draws per timestep bin, run and pass for each training image: one antithetic pair."""
+    query_draws: int = 8
+    """Draws per bin and run for each training query."""
+    judged_query_draws: int = 24
+    """The same for validation and test queries, which judge the ranker."""
+    seed: int = 0
+    bf16: bool = False
+
+    def draws(self, part: str, timesteps: int) -> DrawConfig:
+        """Draws of one run for a split of the queries or, with "training", for a pass over the training set."""
+        per_bin = {"training": self.training_draws, "train": self.query_draws}.get(part, self.judged_query_draws)
+        return DrawConfig(self.bins, per_bin, timesteps=timesteps, seed=self.seed)
+
+
+@dataclass(frozen=True)
+class MeasuredConfig(CollectConfig):
+    """The same for gradients of another function than the loss."""
+
+    measure: str = "square"
+    """One of `abu.measures.MEASURES`."""
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """How scores are made from gradients."""
+
+    sketch: int | None = None
+    """Numbers kept of each whitened gradient; all by default, because folding costs more rank than draws can mend."""
+    seed: int = 0
+    growth: bool = True
+    """Compare the two runs after 1, 2, 4, … passes too, and not with all passes only."""
+    bin_weights: tuple[float, ...] = (0.07, 0.08, 0.1, 0.2, 0.55)
+    """Weights of the timestep bins in the normalised teacher, the clean end first: the inverse of the noise in a
+    bin's cosines, measured between two runs on validation queries."""
+
+
+@dataclass(frozen=True)
+class RoundedScoreConfig(ScoreConfig):
+    """The same with queries in fewer bits and, for 16 (bfloat16), products of such numbers."""
+
+    query_bits: int = 8
+    """8 or 16; what that costs in rank is measured by `python -m benchmark.compression`."""

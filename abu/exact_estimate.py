@@ -1,0 +1,96 @@
+"""Time, memory and disk that a collection of exact influence will need, before it is begun."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from abu.amortised import Examples
+from abu.estimate import Estimate
+from abu.exact_collection import ExactCollector, change_bytes, disk_bytes
+from abu.influence import ExactInfluence
+from abu.unlearn import query_gradient
+
+TRIAL_DRAWS = 6
+"""Draws per timestep bin of the gradient that is timed; as many rows as are taken at once, or nearly."""
+TRIAL_QUERIES = 4
+"""Models that share the sweep that is timed."""
+
+
+def require_room(collector: ExactCollector, workers: int) -> tuple[int, int]:
+    """(bytes of memory, bytes on disk) that the plan will need; `ValueError` if this machine has less."""
+    plan, config, folder = collector.plan, collector.config, collector.collection.folder
+    inputs = 2 * config.draws.per_image * config.plan.shard * int(np.prod(collector.exact.images.shape)) * 4
+    tile = 2 * min(config.plan.tile, plan.queries) * change_bytes(collector.exact.model)
+    memory = workers * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + inputs + tile)
+    stored = sum(path.stat().st_size for path in folder.glob("*.npz"))
+    disk = max(0, disk_bytes(plan, config, collector.exact.model) - stored)
+    existing = next(path for path in (folder, *folder.resolve().parents) if path.is_dir())
+    free, installed = shutil.disk_usage(existing).free, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if disk > free:
+        raise ValueError(f"{folder}: expected {disk / 2**30:.2f} GiB free for the pieces, found {free / 2**30:.2f}")
+    if memory > installed:
+        raise ValueError(
+            f"--tile {config.plan.tile} --shard {config.plan.shard}: expected {memory / 2**30:.1f} GiB of memory "
+            f"for {workers} workers, found {installed / 2**30:.1f}"
+        )
+    return memory, disk
+
+
+def dry_run(collector: ExactCollector, workers: int) -> Estimate:
+    """From one batch of each kind of work, with the threads that one of `workers` gets."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // workers))
+    try:
+        seconds = sum(stage_seconds(collector).values()) / workers
+    finally:
+        torch.set_num_threads(threads)
+    memory, disk = require_room(collector, workers)
+    pieces = sum(len(collector.collection.missing(stage)) for stage in collector.plan.stages().values())
+    gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return Estimate(pieces, seconds, memory, gpu, disk)
+
+
+def stage_seconds(collector: ExactCollector) -> dict[str, float]:
+    """Seconds of each stage's missing pieces, on one worker."""
+    plan, config = collector.plan, collector.config
+    left = {name: len(collector.collection.missing(pieces)) / len(pieces) for name, pieces in plan.stages().items()}
+    gradient, once, further = trial(collector.exact, collector.queries.rows(0, 1), plan.needed)
+    return {
+        "unlearned": left["unlearned"] * plan.queries * config.unlearning.steps * gradient,
+        "before": left["before"] * len(plan.needed) * once,
+        "influence": left["influence"] * plan.lists.size * further,
+    }
+
+
+def trial(exact: ExactInfluence, query: Examples, ids: np.ndarray) -> tuple[float, float, float]:
+    """Seconds of one step's gradient, of an image at θ0, and of an image at one of several moved models."""
+    sweep, draws = exact.sweep, exact.unlearning.draws(len(exact.schedule))
+    few = replace(draws, draws=min(TRIAL_DRAWS, draws.draws))
+    gradient = _seconds(lambda: query_gradient(exact.model, exact.schedule, exact.curvature, query, few))
+    some = ids[: max(1, sweep.groups // sweep.draws.captions)].tolist()
+    sweep.losses(some[:1], [None])
+    once = _seconds(lambda: sweep.losses(some, [None]))
+    several = _seconds(lambda: sweep.losses(some, [None] * (1 + TRIAL_QUERIES)))
+    return gradient * draws.draws / few.draws, once / len(some), (several - once) / len(some) / TRIAL_QUERIES
+
+
+def attribution_estimate(exact: ExactInfluence, query: Examples, ids: np.ndarray) -> str:
+    """Time and memory of one query's influence on `ids`."""
+    gradient, once, further = trial(exact, query, ids)
+    seconds = exact.unlearning.steps * gradient + len(ids) * (once + further)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return f"{len(ids)} images, {seconds / 60:.1f} min, {memory / 2**30:.1f} GiB of memory"
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began

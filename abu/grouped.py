@@ -1,0 +1,100 @@
+"""Unlearning and first-order influence for layers that read several inputs, as in a joint attention (SD3).
+
+The gradient of a layer is ∇W = Σ_positions gᵀa. In cross-attention a is the text itself, so the mean over draws of
+(t, ε) may be taken on g alone [T, out], once for all layers: that is what `abu.amortised` stores. A joint attention
+modulates the text's hidden states by t and, from the second block on, mixes them with the latents; a U-Net's text may
+also pass a projection. Then a differs from layer to layer, and in the first case from draw to draw too, and only the
+product can be averaged: [out, in] numbers of each layer are kept while an example's draws are summed. What stays
+amortised is the pass through the network: it still scores every query, τ(ẑ, z) = ⟨Δθ_ẑ, ∇𝓛(z, θ0)⟩.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from abu.amortised import Examples
+from abu.curvature import Curvature
+from abu.diffusion_loss import NoiseSchedule, at_least_float32
+from abu.draws import DrawConfig
+from abu.keyvalue import is_beginning
+from abu.layers import GroupGradients, LayerGradients, add_to_weights, select_layers
+
+Changes = Mapping[str, Tensor]
+"""Name of a layer -> matrices [..., out, in], the bias as last column."""
+
+
+class WeightGradients:
+    """Gradients of example losses with respect to the text key/value weights, averaged over draws."""
+
+    def __init__(self, model: nn.Module, schedule: NoiseSchedule) -> None:
+        self.engine, self.schedule = LayerGradients(model), schedule
+
+    def __call__(self, examples: Examples, draws: DrawConfig, runs: range = range(1)) -> dict[str, Tensor]:
+        """Name -> ∇W [B, out, in] of each example, the mean over all bins, draws and runs."""
+        total: dict[str, Tensor] = {}
+        shared: dict[tuple[str, ...], GroupGradients] = {}
+        for timesteps, noise in _all_draws(examples, draws, runs):
+            noisy, target = self.schedule.noised(examples.latents, noise, timesteps)
+            for group in self.engine(noisy, target, timesteps, examples.text)[0]:
+                if is_beginning(group.inputs, examples.text):
+                    before = shared.get(group.names)
+                    shared[group.names] = replace(group, outputs=before.outputs + group.outputs) if before else group
+                else:
+                    _add(total, group)
+        for group in shared.values():
+            _add(total, group)
+        count = len(runs) * draws.bins * draws.draws
+        return {name: total[name] / count for name in self.engine.layers}
+
+
+def _add(total: dict[str, Tensor], group: GroupGradients) -> None:
+    product = group.outputs.mT @ at_least_float32(group.inputs)
+    for name, matrix in zip(group.names, product.split(group.sizes, dim=1), strict=True):
+        total[name] = total[name] + matrix if name in total else matrix
+
+
+def _all_draws(examples: Examples, draws: DrawConfig, runs: range) -> Iterator[tuple[Tensor, Tensor]]:
+    for run in runs:
+        for bin_index in range(draws.bins):
+            yield from examples.draws(draws, run, bin_index)
+
+
+def unlearning_steps(curvature: Curvature, gradients: Changes, step: float, images: int) -> dict[str, Tensor]:
+    """Δθ = (α/N) F⁻¹∇𝓛(ẑ, θ0) of every query (eq. 1): name -> [Q, out, in]; `step` is α and `images` is N."""
+    natural = curvature.natural_gradients(gradients)
+    return {name: matrix * (step / images) for name, matrix in natural.items()}
+
+
+def moved(model: nn.Module, changes: Changes) -> nn.Module:
+    """A copy of `model` at θ0 + Δθ, for `changes` [out, in] of one query; `abu.influence.mean_losses` compares them."""
+    result = copy.deepcopy(model)
+    for name, layer in select_layers(result).items():
+        add_to_weights(layer, changes[name])
+    return result
+
+
+def first_order_scores(
+    gradients: WeightGradients,
+    examples: Examples,
+    changes: Changes,
+    draws: DrawConfig,
+    *,
+    runs: range = range(1),
+    batch_size: int = 8,
+) -> Tensor:
+    """⟨Δθ_ẑ, ∇𝓛(z, θ0)⟩ [Q, B] of every query, from `changes` [Q, out, in]; higher is more influential.
+
+    `batch_size` examples keep the gradients of all layers in memory at once.
+    """
+    parts = []
+    for start in tqdm(range(0, len(examples.ids), batch_size), desc="first order", unit="batch", mininterval=1.0):
+        found = gradients(examples.rows(start, start + batch_size), draws, runs)
+        terms = [changes[name].to(matrix).flatten(1) @ matrix.flatten(1).mT for name, matrix in found.items()]
+        parts.append(torch.stack(terms).sum(0))
+    return torch.cat(parts, dim=1)
