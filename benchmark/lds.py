@@ -1,7 +1,7 @@
 """Linear datamodelling score (Park et al. 2023, TRAK, section 2; D-TRAK for diffusion): do scores predict retraining?
 
-    python -m benchmark.retrain halves --models 64
-    python -m benchmark.lds scores/*.npy                  # [Q, N] each; prints the table, writes results/lds/
+    python -m benchmark.retrain halves --models 64           # and `again`, for the ceiling
+    python -m benchmark.lds data/emoji-mini/scores/*.npy     # [Q, N] each; prints the table, writes results/lds/
 
 M models are trained on random halves S_m of the training set. For one query the score is the Spearman correlation over
 the models between the loss of the query under model m and −Σ_{i ∈ S_m} score_i; the LDS is the mean over queries. How
@@ -12,19 +12,21 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.stats import rankdata
 
-from abu.testbed import TESTBEDS
-from benchmark.retrain import RetrainConfig, collection_of, load_losses, random_halves
-from fastgda.core import ROOT, command_line, environment, load_npy, save_json
-from fastgda.metrics import standard_error
+from abu.plan import Collection
+from abu.testbed import Testbed, testbed_from
+from benchmark.retrain import RetrainConfig, add_judge_flags, again, collection_of, load_losses, random_halves
+from benchmark.scores import load_scores
+from fastgda.core import ROOT, command_line, environment, save_json
+from fastgda.metrics import bootstrap_interval, standard_error
 
-SECOND_SEED = 100_000
-"""Added to the seeds of the halves when they are trained again."""
 SIGN_ERROR = -3.0
 """A mean LDS this many standard errors below zero is probably a sign error."""
 
@@ -54,13 +56,6 @@ def ceiling(losses: np.ndarray, again: np.ndarray) -> float:
     return float(np.sqrt(np.clip(correlate(losses.T, again.T), 0, 1)).mean())
 
 
-def bootstrap(values: np.ndarray, samples: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the mean of `values` [Q] over queries."""
-    rows = np.random.default_rng(seed).integers(len(values), size=(samples, len(values)))
-    low, high = np.quantile(values[rows].mean(axis=1), [0.025, 0.975])
-    return float(low), float(high)
-
-
 def seen_by(removed: list[np.ndarray], images: int) -> np.ndarray:
     """Which images each model saw, bool [M, N]."""
     seen = np.ones((len(removed), images), bool)
@@ -69,35 +64,74 @@ def seen_by(removed: list[np.ndarray], images: int) -> np.ndarray:
     return seen
 
 
+@dataclass(frozen=True)
+class Judge:
+    """The models trained on halves, as judges of the queries of one split."""
+
+    testbed: Testbed
+    split: str = "test"
+    models: int = 64
+
+    @cached_property
+    def collection(self) -> Collection:
+        """The retrained models."""
+        return collection_of(self.testbed, RetrainConfig())
+
+    @cached_property
+    def seen(self) -> np.ndarray:
+        """Which images each model saw, bool [M, N]."""
+        halves = random_halves(self.testbed.images, self.models)
+        return seen_by([np.asarray(job.removed) for job in halves], self.testbed.images)
+
+    @cached_property
+    def losses(self) -> np.ndarray:
+        """Losses [M, Q] of the queries."""
+        return load_losses(self.collection, random_halves(self.testbed.images, self.models), self.split)
+
+    def __call__(self, scores: np.ndarray) -> dict[str, Any]:
+        """LDS of scores [Q, N]: mean over queries, bootstrap interval, each query's, whether the sign looks wrong."""
+        values = lds(scores, self.seen, self.losses)
+        mean, error = float(values.mean()), float(standard_error(values[:, None])[0])
+        return {
+            "lds": mean,
+            "interval": bootstrap_interval(values).tolist(),
+            "probable_sign_error": bool(mean < SIGN_ERROR * error),
+            "per_query": values.tolist(),
+        }
+
+    def ceiling(self) -> float | None:
+        """See `ceiling`; `None` while the halves have not been trained again."""
+        second = again(random_halves(self.testbed.images, self.models))
+        if self.collection.missing(second):
+            return None
+        return ceiling(self.losses, load_losses(self.collection, second, self.split))
+
+
+def lds_line(name: str, row: dict[str, Any]) -> str:
+    """A method's line of the table."""
+    low, high = row["interval"]
+    warning = "  far below zero: are low scores the influential ones?" if row["probable_sign_error"] else ""
+    return f"{name:24s} {row['lds']:+.4f}  [{low:+.4f}, {high:+.4f}]{warning}"
+
+
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m benchmark.lds", description=__doc__.splitlines()[0])
     parser.add_argument("scores", type=Path, nargs="+", help="arrays [Q, N] of a method, higher = more influential")
-    parser.add_argument("--mode", choices=sorted(TESTBEDS), default="emoji-mini", help="testbed (default: emoji-mini)")
+    add_judge_flags(parser)
     parser.add_argument("--split", choices=("val", "test"), default="test", help="which queries (default: test)")
     parser.add_argument("--models", type=int, default=64, help="models trained on halves (default: 64)")
     parser.add_argument("--output", type=Path, default=ROOT / "results/lds/lds.json")
     args = parser.parse_args(argv)
-    testbed = TESTBEDS[args.mode]
-    collection = collection_of(testbed, RetrainConfig())
-    images = len(testbed.load_arrays()[0])
-    halves = random_halves(images, args.models)
-    seen = seen_by([np.asarray(job.removed) for job in halves], images)
-    losses = load_losses(collection, halves, args.split)
-    rows = []
+    testbed = testbed_from(args)
+    judge, rows = Judge(testbed, args.split, args.models), []
     for path in args.scores:
-        values = lds(load_npy(path, (losses.shape[1], images), finite=True), seen, losses)
-        mean, error = float(values.mean()), float(standard_error(values[:, None])[0])
-        low, high = bootstrap(values)
-        rows.append({"method": path.stem, "lds": mean, "interval": [low, high], "per_query": values.tolist()})
-        print(f"{path.stem:24s} {mean:+.4f}  [{low:+.4f}, {high:+.4f}]")
-        if error and mean / error < SIGN_ERROR:
-            print(f"{path}: LDS far below zero: are low scores the influential ones?", file=sys.stderr)
+        rows.append({"method": path.stem} | judge(load_scores(path, testbed, args.split)))
+        print(lds_line(path.stem, rows[-1]))
     report = {"split": args.split, "models": args.models, "rows": rows, "environment": environment()}
-    again = [replace(job, seed=job.seed + SECOND_SEED) for job in halves]
-    if not collection.missing(again):
-        report["ceiling"] = ceiling(losses, load_losses(collection, again, args.split))
+    report["ceiling"] = judge.ceiling()
+    if report["ceiling"] is not None:
         print(f"{'ceiling':24s} {report['ceiling']:+.4f}")
     save_json(args.output, report)
 

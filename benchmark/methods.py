@@ -1,11 +1,16 @@
-"""Scores of attribution methods, one interface: an array [Q, N] for the test queries, higher = more influential.
+"""Scores of attribution methods, one interface: an array [Q, N] for each query, higher = more influential.
 
-    python -m benchmark.methods random pixel effnet minilm effnet+minilm --mode emoji-mini
-    python -m benchmark.methods tuned --checkpoint weights/emoji_effnet+minilm.pth --mode emoji-mini
-    python -m benchmark.methods normalised plain --mode emoji-mini          # the teacher's collected passes
+    python -m benchmark.methods random pixel effnet minilm effnet+minilm
+    python -m benchmark.methods tuned --checkpoint weights/emoji_effnet+minilm.pth
+    python -m benchmark.methods normalised plain                # the teacher's collected passes
+    python -m benchmark.methods normalised-knn plain-knn        # the same on K nearest images only (paper, Table 2)
+    python -m benchmark.methods trak journey-trak d-trak das abu ekfac --dry_run      # time, memory and disk
+    python -m benchmark.methods trak journey-trak d-trak das abu ekfac --workers 2    # resumable
+    python -m benchmark.methods trak d-trak --select            # the ridge λ by the LDS of the validation queries
 
-Writes data/<mode>/scores/<method>.npy, which benchmark.lds and benchmark.removal judge. A feature's score is the cosine
-of query and training image, a tuned ranker's the inner product of their embeddings.
+Writes data/<mode>/scores/<method>.npy, which benchmark.lds, benchmark.removal and the leaderboard judge; with --select
+<method>-selected.npy. A feature's score is the cosine of query and training image, a tuned ranker's the inner product
+of their embeddings; the others are in `benchmark.gradient_methods`.
 """
 
 from __future__ import annotations
@@ -13,17 +18,26 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from abu.collect import folder_of
-from abu.testbed import SPLITS, TESTBEDS, Testbed
-from benchmark.teacher import TEACHERS, mean_over_passes, passes
-from fastgda.core import command_line, load_npy, save_npy, sha256_file, write_manifest
+from abu.cluster import add_cluster_flags, cluster_from
+from abu.collect import whole_passes
+from abu.testbed import SPLITS, Testbed, testbed_from
+from benchmark.gradient_methods import METHODS, collect_method, foresee_method, method_scores, select_ridge
+from benchmark.lds import Judge
+from benchmark.retrain import JUDGED, add_judge_flags
+from benchmark.scores import save_scores
+from benchmark.teacher import NEIGHBOUR_FTYPE, NEIGHBOURS, TEACHERS, load_scores
+from fastgda.core import command_line, load_npy, sha256_file
 from fastgda.dataset import Layout, layout, load_images, normalise
 from fastgda.ranker import load_ranker
+from fastgda.rankings import top
 
 RANDOM, TUNED = "random", "tuned"
+NEAREST = {f"{teacher}-knn": teacher for teacher in TEACHERS}
+"""The teachers on candidates, as the paper collects them for training queries."""
 
 
 def random_scores(queries: int, images: int, seed: int = 0) -> np.ndarray:
@@ -31,55 +45,100 @@ def random_scores(queries: int, images: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).random((queries, images), dtype=np.float32)
 
 
-def feature_scores(paths: Layout) -> np.ndarray:
+def feature_scores(paths: Layout, split: str) -> np.ndarray:
     """Cosines of the untuned features."""
     images = load_images(paths)
-    return normalise(load_npy(paths.features("test"), (None, images.shape[1]), finite=True)) @ normalise(images).T
+    return normalise(load_npy(paths.features(split), (None, images.shape[1]), finite=True)) @ normalise(images).T
 
 
-def tuned_scores(paths: Layout, checkpoint: Path) -> np.ndarray:
+def tuned_scores(paths: Layout, checkpoint: Path, split: str) -> np.ndarray:
     """Inner products under a ranker."""
     images = load_images(paths)
     ranker = load_ranker(checkpoint, in_dim=images.shape[1])
-    queries = load_npy(paths.features("test"), (None, images.shape[1]), finite=True)
+    queries = load_npy(paths.features(split), (None, images.shape[1]), finite=True)
     return (ranker.embed_queries(queries) @ ranker.embed(images).T).numpy()
 
 
-def teacher_scores(testbed: Testbed, teacher: str) -> np.ndarray:
-    """The collected scores of the test queries, all passes pooled."""
-    folder = folder_of(testbed)
-    scores = mean_over_passes(folder, teacher, passes(folder))
-    start = sum(len(testbed.query_captions(split)) for split in SPLITS[: SPLITS.index("test")])
-    return scores[start:]
+def teacher_scores(testbed: Testbed, teacher: str, split: str) -> np.ndarray:
+    """The collected scores of a split's queries, all passes pooled."""
+    scores = load_scores(testbed, whole_passes(testbed), teacher)
+    counts = {part: len(testbed.query_captions(part)) for part in SPLITS}
+    start = sum(counts[part] for part in SPLITS[: SPLITS.index(split)])
+    return scores[start : start + counts[split]]
+
+
+def among_nearest(scores: np.ndarray, features: np.ndarray, count: int) -> np.ndarray:
+    """Scores [Q, N] of the `count` images nearest in a feature (cosines [Q, N]); all others get the lowest of them."""
+    nearest = top(features, count)
+    kept = np.take_along_axis(scores, nearest, 1)
+    found = np.repeat(kept.min(1, keepdims=True), scores.shape[1], 1)
+    np.put_along_axis(found, nearest.astype(np.int64), kept, 1)
+    return found
+
+
+def frozen_scores(testbed: Testbed, method: str, split: str, args: argparse.Namespace) -> tuple[np.ndarray, dict]:
+    """(scores of a method that takes no gradients of its own, hashes of what else they are made from)."""
+    if method == RANDOM:
+        return random_scores(len(testbed.query_captions(split)), testbed.images), {}
+    if method in TEACHERS:
+        return teacher_scores(testbed, method, split), {}
+    if method in NEAREST:
+        scores = teacher_scores(testbed, NEAREST[method], split)
+        cosines = feature_scores(layout("emoji", NEIGHBOUR_FTYPE, testbed.data), split)
+        return among_nearest(scores, cosines, round(NEIGHBOURS * scores.shape[1])), {}
+    if method == TUNED:
+        if args.checkpoint is None:
+            raise ValueError("tuned: expected --checkpoint with it, found none")
+        scores = tuned_scores(layout("emoji", args.ftype, testbed.data), args.checkpoint, split)
+        return scores, {"checkpoint": sha256_file(args.checkpoint)}
+    return feature_scores(layout("emoji", method, testbed.data), split), {}
+
+
+def gradient_scores(testbed: Testbed, method: str, args: argparse.Namespace) -> tuple[str, np.ndarray, dict[str, Any]]:
+    """(name, scores, settings) of a method on gradients; collects what is missing."""
+    collect_method(testbed, METHODS[method], args.models, cluster_from(args))
+    settings: dict[str, Any] = {"method": method, "models": args.models}
+    ridge, name = args.ridge, method
+    if args.select and METHODS[method].score != "inner":
+        ridge, table = select_ridge(testbed, METHODS[method], args.models, Judge(testbed, "val", args.halves))
+        settings["validation"], name = table, f"{method}-selected"
+        print(*(f"{method}: ridge {row['ridge']:.3g}: LDS {row['lds']:+.4f} on validation" for row in table), sep="\n")
+    scores, used = method_scores(testbed, METHODS[method], args.models, args.split, ridge)
+    return name, scores, settings | {"ridge": used}
 
 
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m benchmark.methods", description=__doc__.splitlines()[0])
-    parser.add_argument("methods", nargs="+", help=f"{RANDOM}, {TUNED}, {', '.join(TEACHERS)}, or feature types")
-    parser.add_argument("--mode", choices=sorted(TESTBEDS), default="emoji-mini", help="testbed (default: emoji-mini)")
+    known = f"{RANDOM}, {TUNED}, {', '.join([*TEACHERS, *NEAREST, *METHODS])}, or feature types"
+    parser.add_argument("methods", nargs="+", help=known)
+    add_judge_flags(parser)
+    parser.add_argument("--split", choices=JUDGED, default="test", help="which queries (default: test)")
     parser.add_argument("--ftype", default="effnet+minilm", help="feature type of the tuned ranker")
     parser.add_argument("--checkpoint", type=Path, help="the tuned ranker")
+    parser.add_argument("--models", type=int, default=1, help="models that TRAK and its kin average over (default: 1)")
+    parser.add_argument("--ridge", type=float, help="λ (default: the paper's, or a share of the mean squared length)")
+    parser.add_argument("--select", action="store_true", help="λ by the LDS of the validation queries")
+    parser.add_argument("--halves", type=int, default=64, help="models that --select judges with (default: 64)")
+    add_cluster_flags(parser)
+    parser.add_argument("--dry_run", action="store_true", help="print what gradients will need; compute nothing")
     args = parser.parse_args(argv)
-    testbed = TESTBEDS[args.mode]
+    testbed = testbed_from(args)
     for method in args.methods:
-        inputs: dict[str, str] = {}
-        if method == RANDOM:
-            scores = random_scores(len(testbed.query_captions("test")), len(testbed.load_arrays()[0]))
-        elif method in TEACHERS:
-            scores = teacher_scores(testbed, method)
-        elif method == TUNED:
-            if args.checkpoint is None:
-                raise ValueError("tuned: expected --checkpoint with it, found none")
-            inputs = {"checkpoint": sha256_file(args.checkpoint)}
-            scores = tuned_scores(layout("emoji", args.ftype, testbed.data), args.checkpoint)
+        if args.dry_run:
+            if method in METHODS:
+                needed = foresee_method(testbed, METHODS[method], args.models, args.workers or 1)
+                print(*(f"{method}: {line}" for line in needed), sep="\n")
+            continue
+        command = f"python -m benchmark.methods {method} --mode {testbed.name}"
+        if method in METHODS:
+            name, scores, settings = gradient_scores(testbed, method, args)
+            path = save_scores(testbed, name, args.split, scores, settings, command)
         else:
-            scores = feature_scores(layout("emoji", method, testbed.data))
-        path = testbed.data / "scores" / f"{method}.npy"
-        save_npy(path, scores.astype(np.float32))
-        command = f"python -m benchmark.methods {method} --mode {args.mode}"
-        write_manifest(path, {"method": method, "ftype": args.ftype}, command=command, inputs=inputs)
+            scores, inputs = frozen_scores(testbed, method, args.split, args)
+            settings = {"method": method} | ({"ftype": args.ftype} if method == TUNED else {})
+            path = save_scores(testbed, method, args.split, scores, settings, command, **inputs)
         print(f"{path}: {list(scores.shape)}")
 
 

@@ -1,20 +1,23 @@
 """Leave-K-out: removes the images that a method finds most influential, retrains, and looks whether the query is lost.
 
     python -m benchmark.retrain reference --models 4
-    python -m benchmark.removal run scores/*.npy           # trains the models; resumable
-    python -m benchmark.removal report scores/*.npy        # prints the table, writes results/removal/
+    python -m benchmark.removal run data/emoji-mini/scores/*.npy --workers 2      # trains the models; resumable
+    python -m benchmark.removal run data/emoji-mini/scores/*.npy --dry_run        # how many are missing, hours left
+    python -m benchmark.removal report data/emoji-mini/scores/*.npy     # prints the table, writes results/removal/
 
 For a query ẑ and its K most influential training images the model is trained from scratch without them (paper, section
 4.1). Reported: ΔL, the rise of the query's loss over the mean of the reference models; MSE, the mean squared difference
 between the image generated from the query's seed and that of the reference model (pixels in [0, 1]); similarity, the
-cosine of the two images in the image encoder's space (1 = the same picture). Random removals are the null.
+cosine of the two images in the image encoder's space (1 = the same picture). Random removals are the null; each row
+also says by how much a method exceeds it, query by query. The smallest K is trained first for all methods, and the
+report holds what is there, with the number of queries.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,16 +29,25 @@ from PIL import Image
 from abu.cluster import add_cluster_flags, cluster_from, run_plan
 from abu.models import Autoencoder
 from abu.plan import Collection
-from abu.testbed import TESTBEDS, Testbed
-from benchmark.retrain import RetrainConfig, Retrainer, Retraining, collection_of, references
-from fastgda.core import ROOT, best_device, command_line, environment, load_npy, load_npz, save_json
-from fastgda.metrics import standard_error
+from abu.testbed import Testbed, testbed_from
+from benchmark.retrain import (
+    RetrainConfig,
+    Retrainer,
+    Retraining,
+    add_judge_flags,
+    collection_of,
+    models_done,
+    references,
+)
+from benchmark.scores import load_scores
+from fastgda.core import ROOT, best_device, command_line, environment, load_npz, save_json
+from fastgda.metrics import bootstrap_interval, standard_error
 from fastgda.rankings import top
 from feature_extraction.encoders import load_encoder
 
 FRACTIONS = (0.004, 0.0085, 0.034, 0.1)
 """K as shares of the training set: the paper's 500, 1,000 and 4,000 of 118,287, and a tenth."""
-RANDOM = "random"
+RANDOM = "random removal"
 EFFECTS = ("delta_loss", "mse", "similarity")
 
 
@@ -49,8 +61,19 @@ class RemovalConfig:
     """Models trained for each removal."""
     references: int = 4
     """Models trained on everything, whose mean is the reference."""
-    null: int = 2
-    """Random removals for each query and K."""
+    null: int = 4
+    """Random removals for each K, judged by every query."""
+    levels: tuple[int, ...] = ()
+    """Values of K; by default `FRACTIONS` of the training set."""
+    encoder: str = "effnet"
+    """Image encoder of the similarity: "effnet", or "clip" and others where their weights are."""
+
+    def levels_for(self, images: int) -> tuple[int, ...]:
+        """The values of K, ascending; `ValueError` if one leaves nothing to train on."""
+        levels = tuple(sorted(self.levels or levels_of(images)))
+        if not 0 < levels[0] <= levels[-1] < images:
+            raise ValueError(f"--levels: expected to remove 1 to {images - 1} of {images} images, found {levels}")
+        return levels
 
 
 def levels_of(images: int) -> tuple[int, ...]:
@@ -63,9 +86,9 @@ def removed_by(scores: np.ndarray, query: int, count: int) -> tuple[int, ...]:
     return tuple(int(i) for i in np.sort(top(scores[query : query + 1], count)[0]))
 
 
-def random_removal(images: int, query: int, count: int, draw: int) -> tuple[int, ...]:
-    """The null: `count` random ids, ascending."""
-    random = np.random.default_rng([query, count, draw])
+def random_removal(images: int, count: int, draw: int) -> tuple[int, ...]:
+    """The null: `count` random ids, ascending; the same for every query, so that its models serve all of them."""
+    random = np.random.default_rng([count, draw])
     return tuple(int(i) for i in np.sort(random.choice(images, count, replace=False)))
 
 
@@ -75,10 +98,13 @@ Plan = dict[tuple[str, int, int], list[Retraining]]
 
 def removal_plan(scores: dict[str, np.ndarray], images: int, config: RemovalConfig) -> Plan:
     """All models that the comparison needs, the smallest K first."""
+    available = min([len(array) for array in scores.values()], default=config.queries)
+    if not 1 <= config.queries <= available:
+        raise ValueError(f"--queries: expected 1 to {available} of the test queries, found {config.queries}")
     plan: Plan = {}
-    for count in levels_of(images):
+    for count in config.levels_for(images):
+        null = [random_removal(images, count, draw) for draw in range(config.null)]
         for query in range(config.queries):
-            null = [random_removal(images, query, count, draw) for draw in range(config.null)]
             plan[RANDOM, query, count] = [Retraining(ids, seed) for ids in null for seed in range(config.seeds)]
             for method, array in scores.items():
                 ids = removed_by(array, query, count)
@@ -92,7 +118,7 @@ class Effects:
     def __init__(self, testbed: Testbed, collection: Collection, config: RemovalConfig) -> None:
         self.collection, self.device = collection, best_device()
         self.autoencoder: Autoencoder = testbed.load_source(self.device).autoencoder
-        self.encoder = load_encoder("effnet", self.device)
+        self.encoder = load_encoder(config.encoder, self.device)
         stored = [self._load(job) for job in references(config.references)]
         self.loss = np.mean([arrays["losses_test"] for arrays in stored], axis=0)
         self.images = self._decode(stored[0]["latents_test"])
@@ -125,50 +151,91 @@ class Effects:
 
 
 def summarise(plan: Plan, effects: Effects) -> list[dict[str, Any]]:
-    """One row for each method and K: mean over queries and standard error of each effect."""
-    groups: dict[tuple[str, int], list[dict[str, float]]] = {}
+    """One row for each method and K, of the queries whose models are there: mean and standard error of each effect, and
+    its excess over the random removals of the same K with a bootstrap interval over queries.
+    """
+    groups: dict[tuple[str, int], dict[int, dict[str, float]]] = {}
     for (method, query, count), jobs in plan.items():
+        if effects.collection.missing(jobs):
+            continue
         found = [effects.of(job, query) for job in jobs]
         mean = {key: float(np.mean([effect[key] for effect in found])) for key in EFFECTS}
-        groups.setdefault((method, count), []).append(mean)
+        groups.setdefault((method, count), {})[query] = mean
     rows = []
     for (method, count), values in groups.items():
-        row: dict[str, Any] = {"method": method, "K": count}
+        row: dict[str, Any] = {"method": method, "K": count, "queries": list(values)}
+        null = groups.get((RANDOM, count), {})
         for key in EFFECTS:
-            column = np.array([[value[key]] for value in values])
+            column = np.array([[value[key]] for value in values.values()])
             row[key] = {"mean": float(column.mean()), "standard_error": float(standard_error(column)[0])}
             row[key]["per_query"] = column[:, 0].tolist()
+            if method != RANDOM and values.keys() <= null.keys():
+                excess = column[:, 0] - [null[query][key] for query in values]
+                row[key] |= {"excess": float(excess.mean()), "excess_interval": bootstrap_interval(excess).tolist()}
         rows.append(row)
     return rows
+
+
+def removal_line(row: dict[str, Any]) -> str:
+    """A row as a line of text."""
+    cells = (f"{key} {row[key]['mean']:+.4f} ± {row[key]['standard_error']:.4f}" for key in EFFECTS)
+    return f"{row['method']:24s} K = {row['K']:4d}, {len(row['queries'])} queries  " + "  ".join(cells)
+
+
+def models_of(plan: Plan, config: RemovalConfig) -> list[Retraining]:
+    """The models of a plan in the order of training, each once: references first, then the smallest K."""
+    return list(dict.fromkeys([*references(config.references), *(job for group in plan.values() for job in group)]))
+
+
+def parser() -> argparse.ArgumentParser:
+    """Flags of the command."""
+    made = argparse.ArgumentParser(prog="python -m benchmark.removal", description=__doc__.splitlines()[0])
+    made.add_argument("what", choices=("run", "report"))
+    made.add_argument("scores", type=Path, nargs="+", help="arrays [Q, N] of a method, higher = more influential")
+    add_judge_flags(made)
+    add_removal_flags(made)
+    made.add_argument("--output", type=Path, default=ROOT / "results/removal/removal.json")
+    add_cluster_flags(made)
+    made.add_argument("--dry_run", action="store_true", help="count the models that are missing; train none")
+    return made
+
+
+def add_removal_flags(made: argparse.ArgumentParser) -> None:
+    """Flags that say which removals are compared."""
+    default = RemovalConfig()
+    made.add_argument("--queries", type=int, default=default.queries, help="the first so many test queries")
+    made.add_argument("--seeds", type=int, default=default.seeds, help="models trained for each removal")
+    made.add_argument("--null", type=int, default=default.null, help="random removals for each K")
+    made.add_argument("--references", type=int, default=default.references, help="models trained on everything")
+    made.add_argument(
+        "--levels", type=int, nargs="+", default=(), help="values of K (default: 0.4 to 10 %% of the images)"
+    )
+    made.add_argument("--encoder", default=default.encoder, help="image encoder of the similarity (default: effnet)")
+
+
+def removal_config(args: argparse.Namespace) -> RemovalConfig:
+    """What `add_removal_flags` read."""
+    return RemovalConfig(args.queries, args.seeds, args.references, args.null, tuple(args.levels), args.encoder)
 
 
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m benchmark.removal", description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("run", "report"))
-    parser.add_argument("scores", type=Path, nargs="+", help="arrays [Q, N] of a method, higher = more influential")
-    parser.add_argument("--mode", choices=sorted(TESTBEDS), default="emoji-mini", help="testbed (default: emoji-mini)")
-    parser.add_argument("--queries", type=int, default=RemovalConfig.queries, help="the first so many test queries")
-    parser.add_argument("--seeds", type=int, default=RemovalConfig.seeds, help="models trained for each removal")
-    parser.add_argument("--output", type=Path, default=ROOT / "results/removal/removal.json")
-    add_cluster_flags(parser)
-    args = parser.parse_args(argv)
-    testbed, config = TESTBEDS[args.mode], RemovalConfig(args.queries, args.seeds)
+    args = parser().parse_args(argv)
+    testbed, config = testbed_from(args), removal_config(args)
     collection = collection_of(testbed, RetrainConfig())
-    images, queries = len(testbed.load_arrays()[0]), len(testbed.query_captions("test"))
-    scores = {path.stem: load_npy(path, (queries, images), finite=True) for path in args.scores}
-    plan = removal_plan(scores, images, config)
-    jobs = list(dict.fromkeys(job for group in plan.values() for job in group))
+    scores = {path.stem: load_scores(path, testbed, "test") for path in args.scores}
+    plan = removal_plan(scores, testbed.images, config)
     if args.what == "run":
-        build = partial(Retrainer, testbed, RetrainConfig())
-        run_plan(build, collection, references(config.references) + jobs, cluster_from(args), "model")
+        jobs = models_of(plan, config)
+        if not args.dry_run:
+            build = partial(Retrainer, testbed, RetrainConfig())
+            run_plan(build, collection, jobs, cluster_from(args), "model")
+        print(models_done(collection, "removals", jobs))
         return
     rows = summarise(plan, Effects(testbed, collection, config))
-    for row in rows:
-        cells = (f"{key} {row[key]['mean']:+.4f} ± {row[key]['standard_error']:.4f}" for key in EFFECTS)
-        print(f"{row['method']:24s} K = {row['K']:4d}  " + "  ".join(cells))
-    save_json(args.output, {"config": vars(config), "rows": rows, "environment": environment()})
+    print(*map(removal_line, rows), sep="\n")
+    save_json(args.output, {"config": asdict(config), "rows": rows, "environment": environment()})
 
 
 if __name__ == "__main__":

@@ -1,13 +1,18 @@
 """Retrains a testbed's diffusion model from scratch without some training images: the judge of every attribution.
 
-    python -m benchmark.retrain halves --models 64          # on random halves of the training set, for the LDS
-    python -m benchmark.retrain reference --models 4        # on all images, with several seeds
-    python -m benchmark.retrain creators --models 2         # without each creator in turn
-    python -m benchmark.retrain status                      # how many models are done, models per hour
+    python -m benchmark.retrain halves --models 64 --workers 2   # on random halves of the training set, for the LDS
+    python -m benchmark.retrain again --models 64 --workers 2    # the same halves with other seeds: the LDS's ceiling
+    python -m benchmark.retrain reference --models 4             # on all images, with several seeds
+    python -m benchmark.retrain creators --models 3              # without each creator in turn, with several seeds
+    python -m benchmark.retrain status                           # how many models are done, models per hour
 
 A model is trained with the recipe of the reference model; what is kept of it is the loss of every validation and test
-query, the same draws of (t, ε) for all models, and the test queries sampled again with their seeds. A model is named by
-the images that it did not see and by its seed, so that two methods which remove the same images share it.
+query, the same draws of (t, ε) for all models, and the test queries sampled again with their seeds; of a model trained
+on everything also its weights. A model is named by the images that it did not see and by its seed, so that two methods
+which remove the same images share it.
+
+On a CPU a model is trained by one thread, with `--workers` as many at once as there are processors: small layers gain
+little from a second thread, and sums over one thread are the same bit for bit wherever the model is trained.
 """
 
 from __future__ import annotations
@@ -16,12 +21,15 @@ import argparse
 import hashlib
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from abu.cluster import add_cluster_flags, cluster_from, run_plan
 from abu.draws import DrawConfig
@@ -29,13 +37,21 @@ from abu.influence import mean_losses
 from abu.models import SourceModel, build_denoiser, noise_schedule
 from abu.plan import Collection
 from abu.sample import SampleConfig, sample_latents
-from abu.testbed import TESTBEDS, Testbed
+from abu.testbed import Testbed, add_testbed_flags, testbed_from
 from abu.train_diffusion import diffusion_loss
 from abu.training import train
-from fastgda.core import best_device, command_line, load_npz, sha256_file
+from fastgda.core import best_device, command_line, load_npz, require_file, sha256_file
 from feature_extraction.readers import read_split
 
 JUDGED = ("val", "test")
+JUDGED_MODE = "emoji-mini"
+"""The testbed that is small enough to be trained again many times."""
+SECOND_SEED = 100_000
+"""Added to the seeds of the halves when they are trained again."""
+MODELS = {"halves": 64, "again": 64, "reference": 4, "creators": 3}
+"""Plan -> models that are trained by default; for creators, of each."""
+WEIGHT = "weight."
+"""Begins the names of the arrays that hold weights."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +61,8 @@ class RetrainConfig:
     bins: int = 10
     draws: int = 10
     """Draws of (t, ε) in each timestep bin for the loss of a query."""
+    sampling_steps: int = SampleConfig.steps
+    """Steps of the sampler for the queries' images."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +86,7 @@ class Retrainer:
 
     def __init__(self, testbed: Testbed, config: RetrainConfig) -> None:
         self.testbed, self.config, self.device = testbed, config, best_device()
+        torch.set_num_threads(1)
         latents, text = testbed.load_arrays()
         self.latents, self.text = torch.from_numpy(latents), torch.from_numpy(text)[:, 0]
         self.queries = {split: testbed.query_examples(split, self.device) for split in JUDGED}
@@ -75,8 +94,11 @@ class Retrainer:
         self.autoencoder = testbed.load_source(self.device).autoencoder
 
     def compute(self, job: Retraining) -> dict[str, np.ndarray]:
-        """removed [R]; for each split losses_<split> [Q]; latents_test [Q, c, h, w], the queries sampled again."""
-        kept = np.setdiff1d(np.arange(len(self.latents)), job.removed)
+        """removed [R]; for each split losses_<split> [Q]; latents_test [Q, c, h, w], the queries sampled again;
+        seconds, what it took; weights in float16 if nothing was removed.
+        """
+        began = time.perf_counter()
+        kept = kept_images(job, len(self.latents))
         loop = replace(self.testbed.diffusion_loop, seed=job.seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(job.seed)
@@ -92,9 +114,24 @@ class Retrainer:
             found[f"losses_{split}"] = mean_losses([model], schedule, queries, draws, progress=False)[0].numpy()
         source = SourceModel(model, self.autoencoder, self.testbed.diffusion, self.testbed.autoencoder)
         test = self.queries["test"]
-        found["latents_test"] = sample_latents(source, test.text, self.seeds["test"], SampleConfig()).cpu().numpy()
+        sampling = SampleConfig(steps=self.config.sampling_steps)
+        found["latents_test"] = sample_latents(source, test.text, self.seeds["test"], sampling).cpu().numpy()
+        if not job.removed:
+            found |= {WEIGHT + name: value.half().cpu().numpy() for name, value in model.state_dict().items()}
         shutil.rmtree(folder)
-        return found
+        return found | {"seconds": np.array(time.perf_counter() - began)}
+
+
+def kept_images(job: Retraining, images: int) -> np.ndarray:
+    """Ids of the images that a model sees; `ValueError` unless those removed are some of the training set's."""
+    removed = np.asarray(job.removed, np.int64)
+    inside = ((removed >= 0) & (removed < images)).all()
+    if len(np.unique(removed)) != len(removed) or len(removed) >= images or not inside:
+        raise ValueError(
+            f"{job.name}: expected to remove fewer than {images} different images with ids 0 to {images - 1}, "
+            f"found {len(removed)} with ids {removed.min(initial=images)} to {removed.max(initial=-1)}"
+        )
+    return np.setdiff1d(np.arange(images), removed)
 
 
 def random_halves(images: int, models: int, seed: int = 0) -> list[Retraining]:
@@ -104,6 +141,11 @@ def random_halves(images: int, models: int, seed: int = 0) -> list[Retraining]:
         order = np.random.default_rng([seed, index]).permutation(images)
         jobs.append(Retraining(tuple(int(i) for i in np.sort(order[images // 2 :])), seed=1000 + index))
     return jobs
+
+
+def again(halves: list[Retraining]) -> list[Retraining]:
+    """The same images with other seeds."""
+    return [replace(job, seed=job.seed + SECOND_SEED) for job in halves]
 
 
 def references(models: int) -> list[Retraining]:
@@ -120,13 +162,33 @@ def without_creators(sets: list[str], models: int) -> list[Retraining]:
 
 def collection_of(testbed: Testbed, config: RetrainConfig) -> Collection:
     """The folder of a testbed's retrained models; `ValueError` if it was made with another recipe or other queries."""
-    collection = Collection(testbed.data / "cache/retrain")
+    collection = Collection(folder_of(testbed))
     settings = asdict(config) | {"diffusion": asdict(testbed.diffusion), "loop": asdict(testbed.diffusion_loop)}
     settings["loop"].pop("seed")
-    files = {"latents": testbed.data / "trainset/latents.npy"}
+    files = {"latents": testbed.data / "trainset/latents.npy", "text": testbed.data / "trainset/text_embeddings.npy"}
     files |= {f"query_{split}": testbed.data / f"query_{split}/latents.npy" for split in JUDGED}
-    collection.claim(settings, {name: sha256_file(path) for name, path in files.items()})
+    made_by = f"python -m abu.encode --mode {testbed.name}, python -m abu.sample --mode {testbed.name}"
+    inputs = {name: sha256_file(require_file(path, made_by)) for name, path in files.items()}
+    collection.claim(settings, inputs, command="python -m benchmark.retrain")
     return collection
+
+
+def folder_of(testbed: Testbed) -> Path:
+    """Where the retrained models' results are kept."""
+    return testbed.data / "cache/retrain"
+
+
+def reference_file(testbed: Testbed, seed: int) -> Path:
+    """The results of the model trained on everything with a seed."""
+    return folder_of(testbed) / Retraining((), seed).name
+
+
+def load_reference(testbed: Testbed, seed: int, model: nn.Module) -> dict[str, Tensor]:
+    """Its weights, as a state dict for `model`."""
+    names = [WEIGHT + name for name in model.state_dict()]
+    made_by = f"python -m benchmark.retrain reference --models {seed + 1}"
+    arrays = load_npz(reference_file(testbed, seed), tuple(names), made_by)
+    return {name.removeprefix(WEIGHT): torch.from_numpy(array).float() for name, array in arrays.items()}
 
 
 def load_losses(collection: Collection, jobs: list[Retraining], split: str) -> np.ndarray:
@@ -136,29 +198,54 @@ def load_losses(collection: Collection, jobs: list[Retraining], split: str) -> n
     return np.stack([load_npz(collection.path(job), (key,), made_by)[key] for job in jobs])
 
 
+def plans_of(testbed: Testbed) -> dict[str, Callable[[int], list[Retraining]]]:
+    """Name -> the models of a plan, given how many are wanted."""
+    table = read_split(testbed.data, "data")
+    return {
+        "halves": partial(random_halves, len(table)),
+        "again": lambda models: again(random_halves(len(table), models)),
+        "reference": references,
+        "creators": partial(without_creators, table.sets),
+    }
+
+
+def add_judge_flags(parser: argparse.ArgumentParser) -> None:
+    """`--mode`, the small testbed by default, and `--root`."""
+    add_testbed_flags(parser)
+    parser.set_defaults(mode=JUDGED_MODE)
+
+
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m benchmark.retrain", description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("halves", "reference", "creators", "status"))
-    parser.add_argument("--mode", choices=sorted(TESTBEDS), default="emoji-mini", help="testbed (default: emoji-mini)")
-    parser.add_argument("--models", type=int, default=64, help="models; for creators, models of each (default: 64)")
+    parser.add_argument("what", choices=(*MODELS, "status"))
+    add_judge_flags(parser)
+    defaults = ", ".join(f"{name} {count}" for name, count in MODELS.items())
+    parser.add_argument("--models", type=int, help=f"models; for creators, models of each (default: {defaults})")
     add_cluster_flags(parser)
     args = parser.parse_args(argv)
-    testbed, config = TESTBEDS[args.mode], RetrainConfig()
-    collection, table = collection_of(testbed, config), read_split(testbed.data, "data")
-    plans: dict[str, Callable[[int], list[Retraining]]] = {
-        "halves": partial(random_halves, len(table)),
-        "reference": references,
-        "creators": partial(without_creators, table.sets),
-    }
+    testbed, config = testbed_from(args), RetrainConfig()
+    collection, plans = collection_of(testbed, config), plans_of(testbed)
     if args.what == "status":
         for title, plan in plans.items():
-            print(collection.status(title, plan(args.models)))
+            print(models_done(collection, title, plan(args.models or MODELS[title])))
+        for name, error in collection.failures().items():
+            print(f"failed: {name}: {error}")
         return
-    run_plan(
-        partial(Retrainer, testbed, config), collection, plans[args.what](args.models), cluster_from(args), "model"
-    )
+    jobs = plans[args.what](args.models or MODELS[args.what])
+    run_plan(partial(Retrainer, testbed, config), collection, jobs, cluster_from(args), "model")
+    print(models_done(collection, args.what, jobs))
+
+
+def models_done(collection: Collection, title: str, jobs: list[Retraining]) -> str:
+    """One line: models done, models an hour over the last ones, the hours left at that rate."""
+    left, rate = len(collection.missing(jobs)), collection.rate(jobs)
+    line = f"{title}: {len(jobs) - left} of {len(jobs)} models"
+    if rate:
+        line += f", {3600 * rate:.0f} models an hour"
+        line += f", {left / rate / 3600:.1f} h left at that rate" if left else ""
+    return line
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Takes the README's screenshot of a running demo, in headless Chromium.
 
 python demo.py &
-python -m benchmark.screenshot_demo --url http://127.0.0.1:7860 --query 0 --out results/demo.png
+python -m benchmark.screenshot_demo --url http://127.0.0.1:7860 --show "query=0" --out results/demo.png
+python -m benchmark.screenshot_demo --show "prompt=red heart, noto style&seed=7" --width 390 --height 844 --dark \\
+    --out results/demo_phone.png
 """
 
 from __future__ import annotations
@@ -35,8 +37,8 @@ class ScreenshotConfig:
 
     url: str = "http://127.0.0.1:7860"
     """Address of the running demo."""
-    query: int = 0
-    """Stored query to show."""
+    show: str = "query=0"
+    """Parameters of the answer's permalink: query=3, or prompt=red heart&seed=7."""
     out: Path = ROOT / "results" / "demo.png"
     """File to write."""
     width: int = 1400
@@ -53,7 +55,7 @@ def find_chromium() -> str | None:
 
 
 def screenshot(config: ScreenshotConfig) -> None:
-    """Opens the demo, chooses the query and writes the picture; `ValueError` if there is no browser or no demo."""
+    """Opens the demo at an answer and writes the picture; `ValueError` if there is no browser, demo or such answer."""
     try:
         from playwright.sync_api import Error, sync_playwright
     except ImportError:
@@ -68,17 +70,16 @@ def screenshot(config: ScreenshotConfig) -> None:
             color_scheme="dark" if config.dark else "light",
         )
         try:
-            page.goto(config.url)
-            page.wait_for_selector("#teacher img")
-            page.get_by_label("Prompt", exact=True).click()
-            page.get_by_role("option").nth(config.query).click()
-            page.locator("#query .small", has_text=f"test query {config.query}").wait_for()
-            page.mouse.move(0, 0)
+            page.goto(f"{config.url.rstrip('/')}/?{config.show}")
+            page.wait_for_selector("#tuned img, #status [role=alert]")
+            mistakes = page.locator("#status [role=alert]").all_inner_texts()
         except Error as error:
             reason = str(error).splitlines()[0]
-            raise ValueError(f"{config.url}: expected a running demo with query {config.query} ({reason})") from error
+            raise ValueError(f"{config.url}: expected a running demo, found none ({reason})") from error
+        if mistakes:
+            raise ValueError(f"--show {config.show}: {mistakes[0]}")
         with atomic_path(config.out) as temporary:
-            # the list of prompts fades out
+            # pictures and bars fade in
             page.wait_for_timeout(1000)
             page.screenshot(path=temporary, type="png")
         browser.close()

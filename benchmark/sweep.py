@@ -2,11 +2,13 @@
 
     python -m benchmark.sweep                              # everything; a run that is finished is not repeated
     python -m benchmark.sweep --studies losses --seeds 1   # a part of it
-    python -m benchmark.sweep --dry_run                    # which runs there are, and which are finished
+    python -m benchmark.sweep --reduced                    # smaller rankers and fewer epochs: minutes, not hours
+    python -m benchmark.sweep --dry_run                    # which runs there are, which are finished, how long the rest
 
 Trains the best recipe with one thing changed at a time, evaluates on the test queries, and writes <output>/<study>.json
-and the figures. Seeds are the outer loop, so that after a while every study has a first answer. All flags of training
-can be given and become the base that the studies vary. A killed sweep goes on in the middle of its run.
+and the figures. `--reduced` changes the base of all studies; the JSON says so, and holds each run's configuration. All
+flags of training can be given and become the base that the studies vary. Seeds are the outer loop, so that after a
+while every study has a first answer. A killed sweep goes on in the middle of its run.
 """
 
 from __future__ import annotations
@@ -15,8 +17,12 @@ import argparse
 import hashlib
 import json
 import sys
+import tempfile
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +38,10 @@ from fastgda.metrics import Retrieval, chance, embedding_retrieval, standard_err
 from fastgda.recipes import RECIPES, TrainConfig
 from fastgda.trainer import Trainer
 
+REDUCED = replace(RECIPES["best"], hidden_sizes=(384,), out_feat_dim=256, image_block=512, epochs=12, val_every=6)
+"""The base of the studies with `--reduced`: about a hundredth of the arithmetic, not enough for the best mAP(L)."""
+TIMED_STEPS = 3
+
 
 @dataclass(frozen=True)
 class Run:
@@ -42,6 +52,10 @@ class Run:
     ftype: str
     config: TrainConfig
     queries: int
+
+    def __str__(self) -> str:
+        series = f" {self.setting.series}" if self.setting.series else ""
+        return f"{self.study} {self.setting.x}{series} seed {self.config.seed}"
 
 
 class Data:
@@ -94,18 +108,65 @@ def result_of(run: Run, data: Data, folder: Path, place: torch.device) -> dict[s
         trainer = Trainer(
             run.config, data.images, train, data.splits["val"], levels=data.levels, run_dir=folder, device=place
         )
+        began = time.perf_counter()
         ranker = trainer.run()
+        seconds = time.perf_counter() - began
         embedded = ranker.embed_queries(test.features), ranker.embed(data.images)
         found = embedding_retrieval(*embedded, test.rankings, data.levels, precision_only=True)
         by_level = {"mAP": found.precision.mean(axis=0), "standard_error": standard_error(found.precision)}
         result = {name: _by_level(data.levels, values) for name, values in by_level.items()}
-        save_json(file, {**result, "validation": trainer.best, "steps": trainer.step})
+        save_json(file, {**result, "validation": trainer.best, "steps": trainer.step, "seconds": seconds})
         trainer.checkpoint_file.unlink()
     return json.loads(file.read_text())
 
 
-def write_study(study: str, runs: list[dict[str, Any]], data: Data, paths: Layout, output: Path) -> None:
-    """Writes <output>/<study>.json."""
+def estimate(run: Run, data: Data, place: torch.device) -> float:
+    """Seconds that a run will take, from the median of a few of its steps and one validation."""
+    train = data.splits["train"].rows(slice(0, run.queries))
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = run.config, data.images, train, data.splits["val"]
+        trainer = Trainer(*arguments, levels=data.levels, run_dir=Path(folder), device=place)
+        times = [time.perf_counter()]
+        for _ in trainer.steps(min(TIMED_STEPS + 1, trainer.total_steps)):
+            times.append(time.perf_counter())
+        # the first step warms up
+        step = sorted(after - before for before, after in pairwise(times))[len(times) // 2 - 1]
+        trainer.ranker.embed(data.images)
+        validation = time.perf_counter() - times[-1]
+    return step * trainer.total_steps + validation * (2 + run.config.epochs // run.config.val_every)
+
+
+def shape_of(run: Run) -> tuple[Any, ...]:
+    """What decides how long a step takes."""
+    config = run.config
+    blocks = config.query_block, config.image_block, config.random_subset_size > 0, config.subset
+    return run.ftype, config.loss, config.sampling, config.out_feat_dim, blocks
+
+
+def dry_run(runs: list[Run], data_of: Callable[[str], Data], root: Path, place: torch.device) -> None:
+    """Lists the runs and how long those that are left will take; a run that several studies share counts once."""
+    seen: set[Path] = set()
+    steps: dict[tuple[Any, ...], float] = {}
+    total = 0.0
+    for number, run in enumerate(runs):
+        data = data_of(run.ftype)
+        folder, state = folder_of(run, data, root), "as before"
+        if (folder / "result.json").is_file():
+            state = "finished"
+        elif folder not in seen:
+            if shape_of(run) not in steps:
+                steps[shape_of(run)] = estimate(run, data, place)
+            seconds = steps[shape_of(run)]
+            total, state = total + seconds, f"to do, about {seconds:.0f} s"
+        seen.add(folder)
+        print(f"{number + 1}/{len(runs)} {run}: {state}")
+    print(f"total: about {total / 60:.0f} minutes on {place}; nothing written")
+
+
+def write_study(
+    study: str, runs: list[dict[str, Any]], data: Data, paths: Layout, output: Path, base: dict[str, Any]
+) -> None:
+    """Writes <output>/<study>.json; `base`: what the runs share."""
     total = len(data.images)
     document = {
         "study": study,
@@ -115,6 +176,7 @@ def write_study(study: str, runs: list[dict[str, Any]], data: Data, paths: Layou
         "chance": {str(level): chance(level, total) for level in data.levels},
         "reliability": teacher_reliability(paths.ranking("test")),
         "inputs": data.inputs,
+        **base,
         "runs": runs,
         "environment": environment(),
     }
@@ -129,8 +191,8 @@ def draw_figures(output: Path) -> None:
             save_figure(draw([json.loads(file.read_text()) for file in files]), output / f"{name}.png")
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command's flags."""
+def parser(base: TrainConfig = RECIPES["best"]) -> argparse.ArgumentParser:
+    """The command's flags; `base`: the defaults of those of training."""
     found = argparse.ArgumentParser(prog="python -m benchmark.sweep", description=__doc__.splitlines()[0])
     add = found.add_argument
     add("--studies", nargs="+", choices=sorted(STUDIES), default=list(STUDIES), help="studies to run (default: all)")
@@ -142,15 +204,17 @@ def parser() -> argparse.ArgumentParser:
     add("--output", type=Path, default=ROOT / "results/studies", help="folder for JSON and figures")
     add("--run_dir", type=Path, default=ROOT / "runs/studies", help="folder for the state of the runs")
     add("--device", type=device, default=best_device(), help="torch device")
-    add("--dry_run", action="store_true", help="list the runs")
-    add_flags(found, TrainConfig, RECIPES["best"])
+    add("--reduced", action="store_true", help="smaller rankers, trained for fewer epochs, as the base")
+    add("--dry_run", action="store_true", help="list the runs and estimate their time")
+    add_flags(found, TrainConfig, base)
     return found
 
 
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    args = parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser(REDUCED if "--reduced" in argv else RECIPES["best"]).parse_args(argv)
 
     @cache
     def data_of(ftype: str) -> Data:
@@ -162,23 +226,24 @@ def main(argv: list[str] | None = None) -> None:
     train = data_of(args.ftype).splits["train"]
     problem = Problem(from_flags(TrainConfig, args), train.queries, train.rankings.candidates, args.ftypes)
     runs = plan(args, problem)
+    if args.dry_run:
+        dry_run(runs, data_of, args.run_dir, args.device)
+        return
+    changed = {name: value for name, value in asdict(problem.base).items() if value != asdict(RECIPES["best"])[name]}
+    shared = {"seeds": args.seeds, "changed_from_the_best_recipe": changed}
     entries: dict[str, list[dict[str, Any]]] = {study: [] for study in args.studies}
     for number, run in enumerate(runs):
         data = data_of(run.ftype)
         folder = folder_of(run, data, args.run_dir)
-        what = f"{number + 1}/{len(runs)} {run.study} {run.setting.x} {run.setting.series} seed {run.config.seed}"
-        if args.dry_run:
-            print(f"{what}: {'finished' if (folder / 'result.json').is_file() else 'to do'}")
-            continue
+        what = f"{number + 1}/{len(runs)} {run}"
         result = result_of(run, data, folder, args.device)
         untuned = _by_level(data.levels, data.untuned.precision.mean(axis=0))
         named = {"x": run.setting.x, "series": run.setting.series, "seed": run.config.seed, "ftype": run.ftype}
         config = {"training_queries": run.queries, "config": asdict(run.config)}
         entries[run.study].append({**named, **result, "untuned": untuned, **config})
-        write_study(run.study, entries[run.study], data_of(args.ftype), paths_of(args.ftype), args.output)
+        write_study(run.study, entries[run.study], data_of(args.ftype), paths_of(args.ftype), args.output, shared)
         print(f"{what}: test mAP(L) " + ", ".join(f"{value:.3f}" for value in result["mAP"].values()))
-    if not args.dry_run:
-        draw_figures(args.output)
+    draw_figures(args.output)
 
 
 def _by_level(levels: tuple[int, ...], values: Any) -> dict[str, float]:

@@ -88,23 +88,29 @@ def results_block(results: Path) -> str:
     def read(name: str) -> Report:
         return json.loads(require_file(results / name).read_text())
 
-    features, exact = read("ranker/features.json"), read("teacher/exact.json")
-    return "\n\n".join(
-        [
-            f"mAP(L) on {features['queries']} held-out test queries, whose concepts no training query shares; "
-            f"{features['images']:,} training images, mean ± standard error over queries "
-            "(`bash scripts/train_rankers.sh`):",
-            evaluation_table(features, feature_name),
+    features = read("ranker/features.json")
+    parts = [
+        f"mAP(L) on {features['queries']} held-out test queries, whose concepts no training query shares; "
+        f"{features['images']:,} training images, mean ± standard error over queries "
+        "(`bash scripts/train_rankers.sh`):",
+        evaluation_table(features, feature_name),
+    ]
+    if (results / "ranker/recipes.json").is_file():
+        parts += [
             "The best recipe (normalised teacher, listwise loss) beside the paper's (plain AbU+, K-NN candidates, "
             "binary cross-entropy), judged by the normalised teacher and then by the plain one:",
             evaluation_table(read("ranker/recipes.json"), recipe_name),
             evaluation_table(read("ranker/recipes_plain.json"), recipe_name),
+        ]
+    if (results / "teacher/exact.json").is_file():
+        exact = read("teacher/exact.json")
+        parts += [
             f"Amortised AbU+ (all queries in one pass) against the exact loss change after unlearning, on "
             f"{exact['config']['queries']} test queries and the whole training set, the same draws on both sides "
             "(`python -m benchmark.exact`):",
             exact_table(exact),
         ]
-    )
+    return "\n\n".join(parts)
 
 
 def with_results(readme: str, block: str) -> str:

@@ -1,0 +1,135 @@
+"""Leave-one-creator-out: does the summed influence of a creator's images say what its absence does to a query?
+
+    python -m benchmark.retrain reference --models 4
+    python -m benchmark.retrain creators --models 3             # every creator removed in turn, three seeds each
+    python -m benchmark.creators data/emoji-mini/scores/*.npy   # prints the table, writes results/creators/
+
+The true effect of a creator on a query is the rise of the query's loss when the model is trained from scratch without
+the creator's images, over the mean of the reference models, averaged over seeds. A method predicts it by the sum of its
+scores over these images. Reported for each method: Spearman over creators, mean over queries; how often the creator
+with the largest predicted effect is the one with the largest true effect. The ceiling says what one seed predicts of
+another. Removing a creator also removes its prompt's style from the captions: a query in that style loses most, so the
+creator that the prompt names is a baseline of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from abu.testbed import Testbed, testbed_from
+from benchmark.lds import correlate
+from benchmark.retrain import (
+    RetrainConfig,
+    add_judge_flags,
+    collection_of,
+    load_losses,
+    references,
+    without_creators,
+)
+from benchmark.scores import load_scores
+from fastgda.core import ROOT, command_line, environment, save_json
+from fastgda.metrics import bootstrap_interval
+from feature_extraction.readers import read_split
+
+PROMPT = "creator named by the prompt"
+
+
+@dataclass(frozen=True)
+class Effects:
+    """What removing each creator does to the loss of each query."""
+
+    names: tuple[str, ...]
+    """The creators."""
+    change: np.ndarray
+    """Rise of the loss [seeds, creators, Q]."""
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Mean over seeds [Q, creators]."""
+        return self.change.mean(0).T
+
+
+def load_effects(testbed: Testbed, sets: list[str], split: str, models: int, count: int) -> Effects:
+    """From stored retrainings: `models` seeds of each removal, `count` reference models."""
+    collection = collection_of(testbed, RetrainConfig())
+    reference = load_losses(collection, references(count), split).mean(0)
+    losses = load_losses(collection, without_creators(sets, models), split)
+    names = tuple(dict.fromkeys(sets))
+    return Effects(names, losses.reshape(len(names), models, -1).swapaxes(0, 1) - reference)
+
+
+def by_creator(scores: np.ndarray, sets: list[str], names: tuple[str, ...]) -> np.ndarray:
+    """Sums [Q, creators] of scores [Q, N] over each creator's images."""
+    member = np.asarray(sets)[:, None] == np.asarray(names)
+    return scores @ member.astype(np.float64)
+
+
+def agreement(predicted: np.ndarray, effects: np.ndarray) -> dict[str, Any]:
+    """How well `predicted` [Q, creators] orders `effects` [Q, creators]: Spearman and top-1, with intervals."""
+    order = correlate(predicted, effects)
+    first = (predicted.argmax(1) == effects.argmax(1)).astype(np.float64)
+    return {
+        "spearman": float(order.mean()),
+        "spearman_interval": bootstrap_interval(order).tolist(),
+        "top1": float(first.mean()),
+        "top1_interval": bootstrap_interval(first).tolist(),
+        "per_query": order.tolist(),
+    }
+
+
+def ceiling(change: np.ndarray) -> dict[str, Any] | None:
+    """Agreement of each seed with the mean of the others, averaged; `None` for one seed."""
+    if len(change) < 2:
+        return None
+    rows = [agreement(seed.T, np.delete(change, index, 0).mean(0).T) for index, seed in enumerate(change)]
+    return {key: float(np.mean([row[key] for row in rows])) for key in ("spearman", "top1")}
+
+
+def named_by_prompt(query_sets: list[str], names: tuple[str, ...]) -> np.ndarray:
+    """The baseline [Q, creators] that predicts an effect of the prompt's creator and of no other."""
+    return (np.asarray(query_sets)[:, None] == np.asarray(names)).astype(np.float64)
+
+
+@command_line
+def main(argv: list[str] | None = None) -> None:
+    """Command line: see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m benchmark.creators", description=__doc__.splitlines()[0])
+    parser.add_argument("scores", type=Path, nargs="+", help="arrays [Q, N] of a method, higher = more influential")
+    add_judge_flags(parser)
+    parser.add_argument("--split", choices=("val", "test"), default="test", help="which queries (default: test)")
+    parser.add_argument("--models", type=int, default=3, help="seeds of each removal (default: 3)")
+    parser.add_argument("--references", type=int, default=4, help="models trained on everything (default: 4)")
+    parser.add_argument("--output", type=Path, default=ROOT / "results/creators/creators.json")
+    args = parser.parse_args(argv)
+    testbed = testbed_from(args)
+    sets = read_split(testbed.data, "data").sets
+    effects = load_effects(testbed, sets, args.split, args.models, args.references)
+    prompts = named_by_prompt(read_split(testbed.data, f"{args.split}_query").sets, effects.names)
+    rows = [{"method": PROMPT} | agreement(prompts, effects.mean)]
+    for path in args.scores:
+        predicted = by_creator(load_scores(path, testbed, args.split), sets, effects.names)
+        rows.append({"method": path.stem} | agreement(predicted, effects.mean))
+    for row in rows:
+        print(f"{row['method']:28s} Spearman {row['spearman']:+.4f}  top-1 {row['top1']:.3f}")
+    report = {
+        "split": args.split,
+        "models": args.models,
+        "creators": effects.names,
+        "effects": effects.mean.tolist(),
+        "rows": rows,
+        "ceiling": ceiling(effects.change),
+        "environment": environment(),
+    }
+    if report["ceiling"]:
+        print(f"{'one seed for the others':28s} Spearman {report['ceiling']['spearman']:+.4f}")
+    save_json(args.output, report)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

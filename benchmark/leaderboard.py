@@ -1,0 +1,169 @@
+"""Leaderboard: drop in a score file, get its LDS, leave-K-out and mAP against the teacher.
+
+    python -m benchmark.leaderboard scores.npy                        # from what is stored: a few seconds
+    python -m benchmark.leaderboard scores.npy --retrain --workers 2  # trains the models that leave-K-out wants
+    python -m benchmark.leaderboard                                   # prints the board
+
+scores.npy holds [Q, N], rows = test queries, columns = training images, higher = more influential (`benchmark.scores`
+says what else a file may hold). Without --retrain the effect of removing a query's top K is that of the stored removal
+of K images which shares most images with it; the share is reported, and says how much the number is worth. Results go
+to results/leaderboard/<name>.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from abu.cluster import add_cluster_flags, cluster_from, run_plan
+from abu.plan import Collection
+from abu.testbed import Testbed, testbed_from
+from benchmark.lds import Judge, lds_line
+from benchmark.removal import (
+    EFFECTS,
+    Effects,
+    RemovalConfig,
+    add_removal_flags,
+    models_of,
+    removal_config,
+    removal_plan,
+    removed_by,
+    summarise,
+)
+from benchmark.retrain import RetrainConfig, Retrainer, Retraining, add_judge_flags, collection_of
+from benchmark.scores import load_scores
+from fastgda.core import ROOT, command_line, environment, load_npz, save_json, sha256_file
+from fastgda.dataset import default_levels, layout
+from fastgda.metrics import bootstrap_interval, score_retrieval, standard_error
+from fastgda.rankings import load_rankings
+
+BOARD = "results/leaderboard"
+
+
+@dataclass(frozen=True)
+class StoredRemovals:
+    """The retrainings without K images that are on disk."""
+
+    jobs: list[Retraining]
+    members: np.ndarray
+    """Which images each lacks, bool [models, N]."""
+
+    @staticmethod
+    def of(collection: Collection, count: int, images: int) -> StoredRemovals:
+        """All that lack `count` images, in the order of their names."""
+        jobs, rows = [], []
+        for path in sorted(collection.folder.glob(f"without_{count:05d}_*_seed_*.npz")):
+            removed = load_npz(path, ("removed",))["removed"]
+            jobs.append(Retraining(tuple(removed.tolist()), int(path.stem.rsplit("_", 1)[1])))
+            rows.append(np.isin(np.arange(images), removed))
+        return StoredRemovals(jobs, np.stack(rows) if rows else np.zeros((0, images), bool))
+
+    def nearest(self, removed: tuple[int, ...]) -> tuple[list[Retraining], float]:
+        """(the seeds of the removal that shares most images with `removed`, the share)."""
+        shared = self.members[:, list(removed)].mean(1)
+        best = self.jobs[int(shared.argmax())].removed
+        return [job for job in self.jobs if job.removed == best], float(shared.max())
+
+
+def nearest_effects(
+    scores: np.ndarray, collection: Collection, effects: Effects, config: RemovalConfig
+) -> list[dict[str, Any]]:
+    """A row for each K: effects of the stored removals nearest to each query's top K, and the share of its images."""
+    rows: list[dict[str, Any]] = []
+    for count in config.levels_for(scores.shape[1]):
+        stored = StoredRemovals.of(collection, count, scores.shape[1])
+        if not stored.jobs:
+            continue
+        found, shares = [], []
+        for query in range(config.queries):
+            jobs, share = stored.nearest(removed_by(scores, query, count))
+            each = [effects.of(job, query) for job in jobs]
+            found.append([np.mean([effect[key] for effect in each]) for key in EFFECTS])
+            shares.append(share)
+        values = np.array(found)
+        row: dict[str, Any] = {"K": count, "queries": list(range(config.queries)), "shared": float(np.mean(shares))}
+        for column, key in zip(values.T, EFFECTS, strict=True):
+            error = float(standard_error(column[:, None])[0])
+            row[key] = {"mean": float(column.mean()), "standard_error": error, "per_query": column.tolist()}
+        rows.append(row)
+    return rows
+
+
+def retrieval(testbed: Testbed, scores: np.ndarray) -> dict[str, Any] | None:
+    """mAP(L) against the teacher's rankings of the test queries; `None` where there are none."""
+    path = layout("emoji", "", testbed.data).ranking("test")
+    if not path.is_file():
+        return None
+    truth = load_rankings(path, scores.shape[1])
+    if truth.queries != len(scores):
+        raise ValueError(f"{path}: expected rankings of {len(scores)} test queries, found {truth.queries}")
+    levels = default_levels("emoji", scores.shape[1])
+    found = score_retrieval(scores, truth, levels)
+    keys = list(map(str, levels))
+    return {
+        "mAP": dict(zip(keys, found.precision.mean(0).tolist(), strict=True)),
+        "interval": dict(zip(keys, bootstrap_interval(found.precision).T.tolist(), strict=True)),
+    }
+
+
+def judge_file(path: Path, testbed: Testbed, args: argparse.Namespace) -> dict[str, Any]:
+    """All that the stored models say of a score file, or new ones with `args.retrain`."""
+    scores, config = load_scores(path, testbed, "test"), removal_config(args)
+    collection, plan = (
+        collection_of(testbed, RetrainConfig()),
+        removal_plan({path.stem: scores}, testbed.images, config),
+    )
+    judge = Judge(testbed, "test", args.models)
+    row: dict[str, Any] = {"method": path.stem, "scores": sha256_file(path), "mode": testbed.name}
+    row |= judge(scores) | {"ceiling": judge.ceiling(), "retrieval": retrieval(testbed, scores)}
+    if args.retrain:
+        build = partial(Retrainer, testbed, RetrainConfig())
+        run_plan(build, collection, models_of(plan, config), cluster_from(args), "model")
+        rows = summarise(plan, Effects(testbed, collection, config))
+        removals = [found | {"shared": 1.0} for found in rows if found["method"] == path.stem]
+    else:
+        removals = nearest_effects(scores, collection, Effects(testbed, collection, config), config)
+    return row | {"removals": removals, "config": asdict(config), "environment": environment()}
+
+
+def board_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """The board, the best LDS first."""
+    lines = []
+    for row in sorted(rows, key=lambda row: -row["lds"]):
+        cells = [f"K = {r['K']}: ΔL {r['delta_loss']['mean']:+.4f} ({r['shared']:.0%})" for r in row["removals"]]
+        cells += [f"mAP({level}) {value:.3f}" for level, value in (row["retrieval"] or {"mAP": {}})["mAP"].items()]
+        lines.append("  ".join([lds_line(row["method"], row), *cells]))
+    return lines
+
+
+@command_line
+def main(argv: list[str] | None = None) -> None:
+    """Command line: see the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m benchmark.leaderboard", description=__doc__.splitlines()[0])
+    parser.add_argument("scores", type=Path, nargs="*", help="score files [Q, N]; none: print the board")
+    add_judge_flags(parser)
+    parser.add_argument("--models", type=int, default=64, help="models trained on halves (default: 64)")
+    parser.add_argument("--retrain", action="store_true", help="train what leave-K-out wants, not the nearest stored")
+    add_removal_flags(parser)
+    parser.add_argument("--board", type=Path, default=ROOT / BOARD, help="folder of the results")
+    add_cluster_flags(parser)
+    args = parser.parse_args(argv)
+    testbed = testbed_from(args)
+    for path in args.scores:
+        save_json(args.board / f"{path.stem}.json", judge_file(path, testbed, args))
+    rows = [json.loads(path.read_text()) for path in sorted(args.board.glob("*.json"))]
+    rows = [row for row in rows if row["mode"] == testbed.name]
+    if not rows:
+        raise ValueError(f"{args.board}: expected results of {testbed.name}, found none; name a score file")
+    print(*board_lines(rows), sep="\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

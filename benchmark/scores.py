@@ -1,0 +1,99 @@
+"""Score files: one array [Q, N] for the queries of one split, higher = more influential, and what it was made from.
+
+A file is `.npy`, or `.npz` with `scores` and optionally `train_ids` [N] and `query_ids` [Q], the rows that its columns
+and rows belong to. Its manifest, where it has one, names the hashes of the training set, the queries and the model;
+scores of another model or dataset are refused.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from abu.testbed import Testbed
+from fastgda.core import (
+    load_npy,
+    load_npz,
+    manifest_path,
+    read_manifest,
+    require_file,
+    save_npy,
+    sha256_file,
+    write_manifest,
+)
+
+
+def score_inputs(testbed: Testbed, split: str) -> dict[str, str]:
+    """Hashes of what scores are made from."""
+    files = {
+        "training": testbed.data / "trainset/latents.npy",
+        "queries": testbed.data / f"query_{split}/latents.npy",
+        "model": testbed.source / "denoiser.safetensors",
+    }
+    return {name: sha256_file(require_file(path)) for name, path in files.items()}
+
+
+def score_path(testbed: Testbed, method: str, split: str) -> Path:
+    """Where the scores of a method are kept: those of the test queries under its own name."""
+    return testbed.data / "scores" / (f"{method}.npy" if split == "test" else f"{split}/{method}.npy")
+
+
+def save_scores(
+    testbed: Testbed, method: str, split: str, scores: np.ndarray, config: Any, command: str, **inputs: str
+) -> Path:
+    """Writes the scores of a method with their manifest; returns the path."""
+    path = score_path(testbed, method, split)
+    save_npy(path, scores.astype(np.float32))
+    write_manifest(path, config, command=command, inputs=score_inputs(testbed, split) | inputs)
+    return path
+
+
+def load_scores(path: Path, testbed: Testbed, split: str) -> np.ndarray:
+    """Scores [Q, N] float64 in the order of the testbed's queries and training images.
+
+    `ValueError` naming the file if it is damaged, of another shape, not finite, equal for all images of a query, has
+    ids that are not the testbed's, or was made from another model, training set or queries.
+    """
+    shape = (len(testbed.query_captions(split)), testbed.images)
+    scores = _with_ids(path, shape) if zipfile.is_zipfile(require_file(path)) else load_npy(path, shape)
+    if not (np.issubdtype(scores.dtype, np.floating) or np.issubdtype(scores.dtype, np.integer)):
+        raise ValueError(f"{path}: expected numbers, found {scores.dtype}")
+    if not np.isfinite(scores).all():
+        row = int(np.argwhere(~np.isfinite(scores))[0][0])
+        raise ValueError(f"{path}: expected finite numbers, found NaN or infinity (first in row {row})")
+    constant = (scores == scores[:, :1]).all(1)
+    if constant.any():
+        raise ValueError(
+            f"{path}: expected scores that differ, found the same for all images in row {constant.argmax()}"
+        )
+    if manifest_path(path).is_file():
+        made_from, wanted = read_manifest(path)["inputs"], score_inputs(testbed, split)
+        for name, value in wanted.items():
+            if name in made_from and made_from[name] != value:
+                raise ValueError(
+                    f"{path}: expected scores of this testbed ({testbed.name}, {split} queries), "
+                    f"found another {name}: SHA-256 {made_from[name][:12]}…, not {value[:12]}…"
+                )
+    return scores.astype(np.float64)
+
+
+def _with_ids(path: Path, shape: tuple[int, int]) -> np.ndarray:
+    scores = load_npz(path, ("scores",))["scores"]
+    if scores.shape != shape:
+        raise ValueError(f"{path}: expected shape {list(shape)}, found {list(scores.shape)}")
+    with np.load(path, allow_pickle=False) as archive:
+        names = [name for name in ("query_ids", "train_ids") if name in archive]
+    ids = load_npz(path, tuple(names))
+    for axis, name in enumerate(("query_ids", "train_ids")):
+        if name not in ids:
+            continue
+        found, wanted = ids[name], np.arange(shape[axis])
+        if found.shape != wanted.shape or not np.array_equal(np.sort(found), wanted):
+            unknown = np.setdiff1d(found, wanted)
+            what = f"{unknown[0]}" if len(unknown) else f"{len(np.unique(found))} different ones"
+            raise ValueError(f"{path}: expected {name} 0 to {shape[axis] - 1}, each once, found {what}")
+        scores = np.take(scores, np.argsort(found), axis)
+    return scores
