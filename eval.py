@@ -2,12 +2,13 @@
 
     python eval.py --ftype effnet+minilm --checkpoint weights/emoji_effnet+minilm.pth --output results/eval.csv
     python eval.py --ftype effnet minilm effnet+minilm                     # untuned features only
-    python eval.py --mode coco --ftype dino+clip_text --checkpoint weights/dino+clip_text.pth
+    python eval.py --mode coco --checkpoint weights/dino+clip_text.pth --output results/dino+clip_text.csv
 
     python eval.py --ftype effnet --checkpoint weights/effnet.pth --index effnet.index    # exact search and index
 
 Prints untuned, tuned, popularity, chance and the teacher's reliability; --output writes the same and more (bootstrap
-intervals, overlap, recall@k, NDCG@k) as CSV and JSON, --per_query the values of each query.
+intervals, overlap, recall@k, NDCG@k) as CSV and JSON, --per_query the values of each query. For one checkpoint in mode
+coco the CSV is the released code's table of k, mAP and its error, and <output>_methods.csv the longer one.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from fastgda.core import best_device, command_line
-from fastgda.dataset import MODES, layout
+from fastgda.dataset import FTYPES, MODES, layout
 from fastgda.evaluation import Candidate, evaluate
 from fastgda.flags import device
+from fastgda.ranker import NORMS, load_ranker
 from fastgda.report import format_table, save_per_query, save_report
 
 
@@ -48,13 +51,30 @@ def candidates(args: argparse.Namespace) -> list[Candidate]:
     ]
 
 
+def check_architecture(args: argparse.Namespace) -> None:
+    """`ValueError` naming the checkpoint if its architecture is not the one that flags ask for."""
+    wanted = {name: getattr(args, name) for name in ("hidden_sizes", "out_feat_dim", "input_norm")}
+    wanted = {name: tuple(value) if isinstance(value, list) else value for name, value in wanted.items()}
+    for path in args.checkpoint if any(value is not None for value in wanted.values()) else []:
+        config = load_ranker(path).config
+        for name, value in wanted.items():
+            if value is not None and value != getattr(config, name):
+                raise ValueError(f"{path}: expected --{name} {value}, found a ranker of {getattr(config, name)}")
+
+
+def without_baseline(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a report without the untuned features and the gain over them."""
+    gains = {"gain", "gain_standard_error"}
+    return [{k: v for k, v in row.items() if k not in gains} for row in rows if row["method"] != "untuned"]
+
+
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
     parser = argparse.ArgumentParser(description="Evaluates features and rankers against the teacher's rankings.")
     add = parser.add_argument
     add("--mode", choices=MODES, default="emoji", help="which layout and which L (default: emoji)")
-    add("--ftype", nargs="+", default=["effnet+minilm"], help="feature types, folders under <data_dir>/feats")
+    add("--ftype", nargs="+", help="feature types, folders under <data_dir>/feats (default: the mode's usual one)")
     add(
         "--checkpoint",
         type=Path,
@@ -71,10 +91,22 @@ def main(argv: list[str] | None = None) -> None:
     add("--cutoffs", type=int, nargs="+", help="values of k of recall@k and NDCG@k (default: 10 100 1000)")
     add("--index", type=Path, help="evaluate this FAISS index of the training images, too")
     add("--index_depth", type=int, help="neighbours asked of the index; the rest share the last place (default: all)")
+    add(
+        "--baseline",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="the untuned features in the same table (default: yes)",
+    )
     add("--output", type=Path, help="write <output>.csv and <output>.json")
     add("--per_query", type=Path, metavar="CSV", help="write one line for each method, query and L")
+    add("--hidden_sizes", type=int, nargs="*", help="sizes the checkpoint must have (default: whatever it has)")
+    add("--out_feat_dim", type=int, help="output dimension it must have (default: whatever it has)")
+    add("--input_norm", nargs="?", const="layer", choices=NORMS, help="input norm it must have (default: any)")
+    add("--dropout", type=float, help="without effect at evaluation; accepted as in the released code")
     add("--device", type=device, default=best_device(), help="torch device")
     args = parser.parse_args(argv)
+    args.ftype = args.ftype or [FTYPES[args.mode]]
+    check_architecture(args)
     document = evaluate(
         candidates(args),
         args.split,
@@ -85,9 +117,12 @@ def main(argv: list[str] | None = None) -> None:
         per_query=args.per_query is not None,
         device=args.device,
     )
+    if not args.baseline:
+        document["rows"] = without_baseline(document["rows"])
     print(format_table(document))
     if args.output is not None:
-        print("wrote " + " and ".join(str(path) for path in save_report(document, args.output)))
+        written = save_report(document, args.output, released=args.mode == "coco" and len(args.checkpoint) == 1)
+        print("wrote " + " and ".join(map(str, written)))
     if args.per_query is not None:
         save_per_query(document, args.per_query)
         print(f"wrote {args.per_query}")

@@ -2,11 +2,12 @@
 
     python train.py --ftype effnet+minilm                              # emoji testbed, best recipe
     python train.py --ftype effnet+minilm --recipe paper               # the paper's: BCE on i.i.d. pairs
-    python train.py --mode coco --ftype dino+clip_text --recipe paper  # released data under data/coco
+    python train.py --mode coco --name coco_baseline                   # released data under data/coco, paper's recipe
     torchrun --nproc_per_node 2 train.py --ftype effnet+minilm         # the same run by two processes
 
 Writes the checkpoint with the best validation mAP(L) and its manifest; a killed run continues where it stopped, a
-finished one is not repeated. Curves are in <run_dir>/log.json.
+finished one is not repeated. Curves are in <run_dir>/log.json. `--mode coco` has the defaults of the released code and
+takes its flags under their own names: feature type, training and validation queries, recipe, checkpoints/<name>.pth.
 """
 
 from __future__ import annotations
@@ -19,7 +20,19 @@ from pathlib import Path
 import torch
 
 from fastgda.core import ROOT, best_device, command_line, manifest_difference, require_file, sha256_file, write_manifest
-from fastgda.dataset import MODES, Layout, Split, default_levels, hold_out, layout, load_images, load_split
+from fastgda.dataset import (
+    COCO_VALIDATION,
+    FTYPES,
+    MODES,
+    Layout,
+    Split,
+    default_levels,
+    hold_out,
+    hold_out_rows,
+    layout,
+    load_images,
+    load_split,
+)
 from fastgda.distributed import Group, process_group
 from fastgda.evaluation import Candidate, evaluate
 from fastgda.flags import add_flags, device, from_flags
@@ -29,33 +42,41 @@ from fastgda.report import format_table, save_report
 from fastgda.tracking import Tracker
 from fastgda.trainer import Trainer
 
+DEFAULT_RECIPES = {"coco": "paper", "emoji": "best"}
 
-def parser_for(recipe: str) -> argparse.ArgumentParser:
-    """The parser whose training defaults are those of `recipe`."""
+
+def parser_for(recipe: str, mode: str = "emoji") -> argparse.ArgumentParser:
+    """The parser whose training defaults are those of `recipe`, the others those of `mode`."""
     parser = argparse.ArgumentParser(description="Trains the ranker on the teacher's rankings.")
     add = parser.add_argument
     add(
         "--recipe",
         choices=sorted(RECIPES),
         default=recipe,
-        help="which defaults the training flags have (default: best)",
+        help="which defaults the training flags have (default: best, for coco paper)",
     )
-    add("--mode", choices=MODES, default="emoji", help="which layout and which L (default: emoji)")
-    add("--ftype", default="effnet+minilm", help="feature type, a folder under <data_dir>/feats")
+    add("--mode", choices=MODES, default=mode, help="which layout, defaults and L (default: emoji)")
+    add("--ftype", default=FTYPES[mode], help="feature type, a folder under <data_dir>/feats (default: the mode's)")
     add("--data_dir", type=Path, help="folder of the artifacts (default: data/<mode>)")
     add("--feature_dir", type=Path, help="folder of the features (default: <data_dir>/feats/<ftype>)")
     add("--rank_file", type=Path, help="training rankings, .npz or .pkl (default: <data_dir>/influence_train)")
     add("--val_rank_file", type=Path, help="validation rankings (default: <data_dir>/influence_val)")
     add("--val_queries", type=int, default=0, help="hold out this many training queries instead of a validation split")
-    add("--train_size", type=int, help="number of training queries to use (default: all)")
+    add("--val_start", type=int, help="validate on the training queries from this one (default: for coco 4900)")
+    add("--val_end", type=int, help="up to before this one (default: for coco 5000)")
+    add("--train_size", type=int, help="number of training queries to use (default: all that validation leaves)")
+    add("--nn_cutoff", type=int, help="use the first candidates of each training query's ranking only (default: all)")
     add("--topk_values", type=int, nargs="+", help="values of L of mAP(L) (default: the mode's)")
     add("--output", type=Path, help="checkpoint to write (default: weights/<mode>_<ftype>.pth)")
+    add("--name", help="write <output_dir>/<name>.pth instead, and <name>_eval.csv with --eval_after_train")
+    add("--output_dir", type=Path, default=ROOT / "checkpoints", help="with --name: the folder (default: checkpoints)")
     add("--run_dir", type=Path, help="folder for the state and log of the run (default: runs/<name of the output>)")
     add("--device", type=device, default=best_device(), help="torch device")
     add("--half", action="store_true", help="store the checkpoint in float16, at half the size")
     add("--eval_after_train", action="store_true", help="evaluate on the test split afterwards")
     add("--wandb", action="store_true", help="log to Weights & Biases")
-    add("--wandb_project", default="fastgda", help="its project")
+    add("--wandb_project", default="fastgda", help="its project (default: fastgda)")
+    add("--wandb_entity", help="its team or user (default: yours)")
     add_flags(parser, TrainConfig, RECIPES[recipe])
     return parser
 
@@ -70,8 +91,11 @@ def load_data(args: argparse.Namespace, paths: Layout) -> tuple:
         "train_rankings": args.rank_file or paths.ranking("train"),
     }
     validation: Split
+    rows = validation_rows(args)
     if args.val_queries:
         train, validation = hold_out(train, args.val_queries)
+    elif rows is not None:
+        train, validation = hold_out_rows(train, *rows)
     else:
         validation = load_split(paths, "val", images, args.val_rank_file)
         files["val_queries"] = paths.features("val")
@@ -80,7 +104,21 @@ def load_data(args: argparse.Namespace, paths: Layout) -> tuple:
         if not 1 <= args.train_size <= train.queries:
             raise ValueError(f"--train_size: expected 1..{train.queries} training queries, found {args.train_size}")
         train = train.rows(slice(0, args.train_size))
+    if args.nn_cutoff is not None:
+        try:
+            train = Split(train.features, train.rankings.first(args.nn_cutoff))
+        except ValueError as error:
+            raise ValueError(f"--nn_cutoff: {error}") from error
     return images, train, validation, {name: sha256_file(require_file(path)) for name, path in files.items()}
+
+
+def validation_rows(args: argparse.Namespace) -> tuple[int, int] | None:
+    """The training queries to validate on, where they are named by rows: for COCO by default the paper's."""
+    start, end = args.val_start, args.val_end
+    if start is None and end is None and (args.mode != "coco" or args.val_rank_file is not None):
+        return None
+    start, end = (usual if row is None else row for row, usual in zip((start, end), COCO_VALIDATION, strict=True))
+    return start, end
 
 
 def train_ranker(
@@ -94,6 +132,7 @@ def train_ranker(
         **asdict(config),
         "ftype": args.ftype,
         "half": args.half,
+        "candidates": train.rankings.candidates,
         "levels": levels,
         "train_queries": train.queries,
         "val_queries": validation.queries,
@@ -103,14 +142,15 @@ def train_ranker(
             print(f"{output}: up to date")
         return levels
     wanted = args.wandb and group.first
-    tracker = Tracker(args.wandb_project, output.stem, recorded, run_dir_of(args, output)) if wanted else None
+    place = run_dir_of(args, output)
+    tracker = Tracker(args.wandb_project, output.stem, recorded, place, args.wandb_entity) if wanted else None
     trainer = Trainer(
         config,
         images,
         train,
         validation,
         levels=levels,
-        run_dir=run_dir_of(args, output),
+        run_dir=place,
         device=device,
         tracker=tracker,
         group=group,
@@ -128,6 +168,16 @@ def train_ranker(
     return levels
 
 
+def output_of(args: argparse.Namespace) -> Path:
+    """The checkpoint to write."""
+    if args.name is not None:
+        if args.output is not None:
+            raise ValueError("--name: expected it without --output, found both")
+        return args.output_dir / f"{args.name}.pth"
+    name = args.ftype if args.mode == "coco" else f"{args.mode}_{args.ftype}"
+    return args.output or ROOT / "weights" / f"{name}.pth"
+
+
 def run_dir_of(args: argparse.Namespace, output: Path) -> Path:
     """The folder of the run that writes `output`."""
     return args.run_dir or ROOT / "runs" / output.stem
@@ -138,19 +188,21 @@ def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
     argv = sys.argv[1:] if argv is None else argv
     choice = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    choice.add_argument("--recipe", choices=sorted(RECIPES), default="best")
-    args = parser_for(choice.parse_known_args(argv)[0].recipe).parse_args(argv)
+    choice.add_argument("--recipe", choices=sorted(RECIPES))
+    choice.add_argument("--mode", choices=MODES, default="emoji")
+    chosen = choice.parse_known_args(argv)[0]
+    args = parser_for(chosen.recipe or DEFAULT_RECIPES[chosen.mode], chosen.mode).parse_args(argv)
     paths = layout(args.mode, args.ftype, args.data_dir, args.feature_dir)
-    name = args.ftype if args.mode == "coco" else f"{args.mode}_{args.ftype}"
-    output = args.output or ROOT / "weights" / f"{name}.pth"
+    output = output_of(args)
     with process_group(args.device) as (group, device):
         levels = train_ranker(args, argv, paths, output, group, device)
     if args.eval_after_train and group.first:
         candidate = Candidate(args.ftype, paths, (output,))
         document = evaluate([candidate], "test", levels, train_rank_file=args.rank_file, device=args.device)
         print(format_table(document))
-        report = run_dir_of(args, output) / "eval.csv"
-        print("wrote " + " and ".join(str(path) for path in save_report(document, report)))
+        report = output.with_name(f"{args.name}_eval.csv") if args.name else run_dir_of(args, output) / "eval.csv"
+        written = save_report(document, report, released=args.mode == "coco")
+        print("wrote " + " and ".join(map(str, written)))
 
 
 if __name__ == "__main__":

@@ -1,19 +1,24 @@
 """Attribution by retrieval: a query's features are embedded and the training images of the highest score returned.
 
-The encoder that makes the features is the caller's: this package knows features only.
+This package knows features only. `serving.Attributor` puts a frozen encoder in front, so that pictures and prompts go
+in.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor, from_numpy
 
 from fastgda.dataset import normalise
-from fastgda.index import Embedder, FlatIndex, Neighbours
+from fastgda.index import Embedder, FlatIndex, Index, Neighbours
+
+Known = dict[str, Any] | None
+"""What is known of a training image: id, caption, creator, licence, path, url, as far as the index holds them."""
 
 
 class Searchable(Protocol):
@@ -36,6 +41,25 @@ class Untuned:
 
 
 @dataclass(frozen=True)
+class Timings:
+    """Seconds of one attribution. In a batch each query bears an equal share of the whole."""
+
+    encode: float
+    """From picture and prompt to features; 0 where features were given."""
+    embed: float
+    """From features to embedding."""
+    search: float
+    """In the index."""
+    metadata: float
+    """Looking up what is known of the images found."""
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.encode + self.embed + self.search + self.metadata
+
+
+@dataclass(frozen=True)
 class Attribution:
     """The most influential training images of one query."""
 
@@ -43,15 +67,12 @@ class Attribution:
     """[k] int64 training ids, most influential first."""
     scores: np.ndarray
     """[k] float32, descending."""
-    encode_seconds: float
-    """Time from picture and prompt to features; 0 where features were given."""
-    embed_seconds: float
-    """Time from features to embedding."""
-    search_seconds: float
-    """Time of the search in the index."""
+    metadata: tuple[Known, ...]
+    """[k] what is known of each; `None` where the index holds no metadata."""
+    timings: Timings
 
 
-class Attributor:
+class FeatureAttributor:
     """An embedder and the index of the training set under it. Safe to use from several threads at once."""
 
     def __init__(self, embedder: Embedder, index: Searchable) -> None:
@@ -60,7 +81,7 @@ class Attributor:
         self.index = index
 
     @classmethod
-    def build(cls, features: np.ndarray, embedder: Embedder) -> Attributor:
+    def build(cls, features: np.ndarray, embedder: Embedder) -> FeatureAttributor:
         """Embeds and indexes the features [N, D] of the training images; row = id.
 
         A row of zeros stands for a picture that could not be read. It is left out: a ranker would embed it somewhere.
@@ -78,9 +99,50 @@ class Attributor:
         """
         if features.ndim != 1:
             raise ValueError(f"features: expected shape [D] of one query, found {list(features.shape)}")
-        start = time.perf_counter()
-        query = self.embedder.embed_queries(features[None]).cpu().numpy()
-        embedded = time.perf_counter()
-        found = self.index.search(query, k)
-        stop = time.perf_counter()
-        return Attribution(found.ids[0], found.scores[0], encode_seconds, embedded - start, stop - embedded)
+        return self.attribute_batch(features[None], k, encode_seconds)[0]
+
+    def attribute_batch(self, features: np.ndarray, k: int, encode_seconds: float = 0.0) -> list[Attribution]:
+        """The same for each row of features [Q, D]; `encode_seconds` is for all of them."""
+        if features.ndim != 2:
+            raise ValueError(f"features: expected shape [Q, D], found {list(features.shape)}")
+        if len(features) == 0:
+            return []
+        clock = Clock()
+        queries = self.embedder.embed_queries(features).cpu().numpy()
+        embed = clock.lap()
+        while True:
+            found = self.index.search(queries, k)
+            search = clock.lap()
+            if not isinstance(self.index, Index):
+                known: list[Known] = [None] * found.ids.size
+                break
+            known = self.index.metadata(found.ids.ravel())
+            if None not in known:
+                break
+            # an image was removed since the search began: an opt-out holds for answers under way too
+        share = 1 / len(features)
+        timings = Timings(encode_seconds * share, embed * share, search * share, clock.lap() * share)
+        return [
+            Attribution(ids, scores, tuple(known[row * k : (row + 1) * k]), timings)
+            for row, (ids, scores) in enumerate(zip(found.ids, found.scores, strict=True))
+        ]
+
+
+def all_scores(embedder: Embedder, queries: np.ndarray, images: np.ndarray) -> np.ndarray:
+    """[Q, N] scores of all training images; one that could not be read, a row of zeros, comes last."""
+    scores = (embedder.embed_queries(queries) @ embedder.embed(images).T).cpu().numpy()
+    scores[:, ~np.any(images, axis=1)] = scores.min() - 1
+    return scores
+
+
+class Clock:
+    """Seconds between one `lap` and the next."""
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self._now = now
+        self._last = now()
+
+    def lap(self) -> float:
+        """Seconds since the last call, or since the clock was made."""
+        before, self._last = self._last, self._now()
+        return self._last - before

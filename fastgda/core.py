@@ -91,10 +91,11 @@ def save_npy(path: str | Path, array: np.ndarray) -> None:
         np.save(handle, array, allow_pickle=False)
 
 
-def save_npz(path: str | Path, **arrays: np.ndarray) -> None:
-    """Writes one compressed `.npz` file atomically."""
+def save_npz(path: str | Path, *, compress: bool = True, **arrays: np.ndarray) -> None:
+    """Writes one `.npz` file atomically."""
+    write = np.savez_compressed if compress else np.savez
     with atomic_path(path) as temporary, open(temporary, "wb") as handle:
-        np.savez_compressed(handle, allow_pickle=False, **arrays)
+        write(handle, allow_pickle=False, **arrays)
 
 
 def require_file(path: str | Path, made_by: str = "") -> Path:

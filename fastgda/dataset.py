@@ -18,7 +18,15 @@ from fastgda.rankings import Rankings, load_rankings
 
 MODES = ("coco", "emoji")
 EXTRACT = "python -m feature_extraction.extract"
+FTYPES = {"coco": "dino+clip_text", "emoji": "effnet+minilm"}
+"""The feature type of each mode, where none is named."""
 COCO_LEVELS = (500, 1000, 4000)
+COCO_VALIDATION = (4900, 5000)
+"""Rows of the released training queries that the paper validates on."""
+ROWS_NAMED = 10
+"""Damaged rows that an error names."""
+BLOCK = 8192
+"""Rows checked at a time."""
 LEVEL_FRACTIONS = (0.004, 0.0085, 0.034)
 """The paper's 500, 1,000 and 4,000 of 118,287, as shares of the training set."""
 
@@ -111,6 +119,15 @@ def hold_out(split: Split, count: int) -> tuple[Split, Split]:
     return split.rows(slice(0, -count)), split.rows(slice(-count, None))
 
 
+def hold_out_rows(split: Split, start: int, end: int) -> tuple[Split, Split]:
+    """(training, validation): the queries before `start`, and those from `start` up to `end`."""
+    if not 0 < start < end <= split.queries:
+        raise ValueError(
+            f"--val_start, --val_end: expected 0 < start < end <= the {split.queries} queries, found {start}, {end}"
+        )
+    return split.rows(slice(0, start)), split.rows(slice(start, end))
+
+
 def normalise(features: np.ndarray) -> np.ndarray:
     """Rows at unit length, so that dot products are cosines: the embedding of the untuned feature."""
     norms = np.linalg.norm(features, axis=1, keepdims=True)
@@ -119,7 +136,19 @@ def normalise(features: np.ndarray) -> np.ndarray:
 
 def _features(path: Path, dimension: int | None) -> np.ndarray:
     shape: Sequence[int | None] = (None, dimension)
-    features = load_npy(path, tuple(shape), finite=True, mmap=True, made_by=EXTRACT)
+    features = load_npy(path, tuple(shape), mmap=True, made_by=EXTRACT)
     if features.size == 0 or not np.issubdtype(features.dtype, np.floating):
         raise ValueError(f"{path}: expected rows of float features, found {features.dtype} {list(features.shape)}")
+    if bad := _rows_not_finite(features):
+        shown = ", ".join(map(str, bad[:ROWS_NAMED])) + (", ..." if len(bad) > ROWS_NAMED else "")
+        raise ValueError(f"{path}: expected finite numbers, found NaN or infinity in {len(bad)} rows: {shown}")
     return np.ascontiguousarray(features, dtype=np.float32)
+
+
+def _rows_not_finite(features: np.ndarray) -> list[int]:
+    # a block at a time: a mask of the whole file would be a quarter of its size
+    found: list[int] = []
+    for start in range(0, len(features), BLOCK):
+        finite = np.isfinite(features[start : start + BLOCK]).all(axis=1)
+        found += (start + np.flatnonzero(~finite)).tolist()
+    return found

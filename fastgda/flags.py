@@ -33,12 +33,14 @@ def add_flags(parser: argparse.ArgumentParser, cls: type, defaults: Any = None) 
     """Adds one flag for each field of the dataclass `cls`.
 
     bool -> `--x/--no-x`; Literal -> choices; `tuple[T, ...]` -> any number of values; `field(metadata={"const": v})`
-    lets the flag stand without a value and mean v. `defaults` is an instance of `cls` to take default values from.
+    lets the flag stand without a value and mean v, `metadata={"also": name}` gives it a second name. `defaults` is an
+    instance of `cls` to take default values from.
     """
     hints, docs = get_type_hints(cls), field_docs(cls)
     for entry in fields(cls):
         default = getattr(defaults, entry.name) if defaults is not None else _default(entry)
-        parser.add_argument(f"--{entry.name}", default=default, **_options(entry, hints[entry.name], docs, default))
+        names = [f"--{entry.name}", *([f"--{entry.metadata['also']}"] if "also" in entry.metadata else [])]
+        parser.add_argument(*names, default=default, **_options(entry, hints[entry.name], docs, default))
 
 
 def from_flags(cls: type[Config], args: argparse.Namespace) -> Config:

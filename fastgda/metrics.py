@@ -69,13 +69,17 @@ def average_precision(scores: np.ndarray, positives: np.ndarray, levels: Sequenc
 
 def _row_precision(row: np.ndarray, ids: np.ndarray, levels: Sequence[int]) -> list[float]:
     found = row[ids[: max(levels)]]
-    ordered = np.sort(row)
+    place = np.argsort(found)
+    found = found[place]
+    images_above = row.size - np.searchsorted(np.sort(row), found)
     values = []
     for level in levels:
-        hits = np.sort(found[:level])
-        images_above = ordered.size - np.searchsorted(ordered, hits)
-        positives_above = level - np.searchsorted(hits, hits)
-        values.append(float(np.mean(positives_above / images_above)))
+        chosen = np.flatnonzero(place < level)
+        hits = found[chosen]
+        # of equal hits each counts from the first, as all of them score at least as high
+        first = np.flatnonzero(np.r_[True, hits[1:] != hits[:-1]])
+        positives_above = np.repeat(level - first, np.diff(np.r_[first, level]))
+        values.append(float(np.mean(positives_above / images_above[chosen])))
     return values
 
 

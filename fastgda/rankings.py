@@ -1,6 +1,6 @@
 """The teacher's rankings: the one place that turns scores into rankings and rankings into labels.
 
-    python -m fastgda.rankings data/coco/influence_train.pkl data/coco/influence_train.npz    # converts a released file
+    python -m fastgda.rankings convert data/coco/influence_train.pkl data/coco/influence_train.npz    # a released file
 
 One sign everywhere: scores[query, image], higher = more influential. A ranking lists training images, most influential
 first. A label is the normalised rank pi of the paper (section 3.3), in {1/K, ..., 1}: 1/K is the most influential of K
@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from fastgda.core import command_line, load_npz, require_file, save_npz
+from fastgda.core import atomic_path, command_line, load_npz, require_file, save_npz
 
 ALLOWED_GLOBALS = frozenset(
     {
@@ -40,6 +40,11 @@ ALLOWED_GLOBALS = frozenset(
 """What a pickled numpy array refers to under pickle protocols 0 to 5; nothing else may be named by a ranking file."""
 
 RELEASED_KEYS = ("random", "fixed")
+REFUSED = (
+    *(pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, KeyError, IndexError),
+    *(OverflowError, MemoryError),
+)
+"""What unpickling raises for a damaged or hostile file, depending on its bytes."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,14 @@ class Rankings:
         """The rankings of some of the queries."""
         return Rankings(self.rank[index], None if self.score is None else self.score[index])
 
+    def first(self, count: int) -> Rankings:
+        """The first `count` candidates of every query; `ValueError` if there are fewer."""
+        if not 1 <= count <= self.candidates:
+            raise ValueError(f"expected 1..{self.candidates} candidates, as many as are ranked, found {count}")
+        if count == self.candidates:
+            return self
+        return Rankings(self.rank[:, :count].copy(), None if self.score is None else self.score[:, :count].copy())
+
 
 def load_rankings(path: str | Path, images: int, *, made_by: str = "") -> Rankings:
     """Reads and checks a ranking file of either kind.
@@ -100,7 +113,7 @@ def save_rankings(path: str | Path, rankings: Rankings) -> None:
     if str(path)[-4:] != ".npz":
         raise ValueError(f"{path}: expected a name ending in .npz")
     small = rankings.rank.size == 0 or rankings.rank.max() <= np.iinfo(np.int16).max
-    arrays = {"rank": rankings.rank.astype(np.int16 if small else np.int32)}
+    arrays: dict[str, Any] = {"rank": rankings.rank.astype(np.int16 if small else np.int32)}
     if rankings.score is not None:
         score = rankings.score.astype(np.float64)
         spread = math.sqrt(np.mean(score**2)) if score.size else 0.0
@@ -108,6 +121,15 @@ def save_rankings(path: str | Path, rankings: Rankings) -> None:
         limit = float(np.finfo(np.float16).max)
         arrays["score"] = np.clip(scaled, -limit, limit).astype(np.float16)
     save_npz(path, **arrays)
+
+
+def save_released(path: str | Path, **arrays: np.ndarray) -> None:
+    """Writes a pickle in the released form, `{"random": {"rank": [Q, K], ...}}`: numpy arrays in a dictionary."""
+    if str(path)[-4:] != ".pkl":
+        raise ValueError(f"{path}: expected a name ending in .pkl")
+    assert arrays["rank"].ndim == 2 and all(isinstance(array, np.ndarray) for array in arrays.values())
+    with atomic_path(path) as temporary, open(temporary, "wb") as handle:
+        pickle.dump({RELEASED_KEYS[0]: arrays}, handle, protocol=4)
 
 
 def check(rankings: Rankings, images: int) -> None:
@@ -202,7 +224,7 @@ def _read_pickle(path: Path) -> Rankings:
     try:
         with open(path, "rb") as handle:
             content = _ArrayUnpickler(handle).load()
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
+    except REFUSED as error:
         raise ValueError(f"expected a pickle of numpy arrays and containers, found: {error}") from error
     keys = [key for key in RELEASED_KEYS if isinstance(content, dict) and key in content]
     inner = content[keys[0]] if keys else None
@@ -224,12 +246,12 @@ class _ArrayUnpickler(pickle.Unpickler):
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Converts a released ranking pickle to `.npz`."""
-    parser = argparse.ArgumentParser(prog="python -m fastgda.rankings", description=main.__doc__)
-    parser.add_argument(
-        "source", type=Path, help="released pickle (influence_train.pkl, influence_test.pkl, nn_dino.pkl)"
-    )
-    parser.add_argument("target", type=Path, help=".npz file to write")
-    parser.add_argument("--images", type=int, default=118_287, help="number of training images (default: COCO's)")
+    parser = argparse.ArgumentParser(prog="python -m fastgda.rankings", description=__doc__.splitlines()[0])
+    convert = parser.add_subparsers(required=True).add_parser("convert", help=main.__doc__, description=main.__doc__)
+    add = convert.add_argument
+    add("source", type=Path, help="released pickle (influence_train.pkl, influence_test.pkl, nn_dino.pkl)")
+    add("target", type=Path, help=".npz file to write")
+    add("--images", type=int, default=118_287, help="number of training images (default: COCO's)")
     args = parser.parse_args(argv)
     rankings = load_rankings(args.source, args.images)
     save_rankings(args.target, rankings)

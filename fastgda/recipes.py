@@ -34,7 +34,7 @@ class TrainConfig:
     """listwise only: temperature of the target; mass lies around 1/temperature deviations above the mean"""
     sampling: Literal["pairs", "blocks"] = "pairs"
     """i.i.d. pairs as in the paper, or blocks of queries x images that use every labelled pair among them"""
-    outlier_prob: float = 0.1
+    outlier_prob: float = field(default=0.1, metadata={"also": "prob_outlier"})
     """share of pairs with an image outside the candidates"""
     random_subset_size: int = 0
     """candidates per query, drawn at random from the ranked ones and ranked among themselves; 0 takes all"""
@@ -60,7 +60,7 @@ class TrainConfig:
     """epochs between validations"""
     patience: int = 0
     """stop after this many validations without a better mAP(L); 0 never stops early"""
-    seed: int = 0
+    seed: int = field(default=0, metadata={"also": "random_seed"})
     """seed of initial weights, sampling and dropout"""
     bf16: bool = False
     """compute the MLP in bfloat16; weights, similarities and updates stay float32"""
@@ -106,7 +106,7 @@ RECIPES = {
         temperature=1.0,
         sampling="blocks",
         outlier_prob=0.5,
-        epochs=60,
+        epochs=40,
         schedule="cosine",
         val_every=5,
     ),

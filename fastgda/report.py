@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import csv
+import math
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from fastgda.core import atomic_path, save_json
 
 
-def save_report(document: dict[str, Any], output: Path) -> tuple[Path, Path]:
-    """Writes `output` with the suffixes .csv (one line per method and L) and .json (everything)."""
+def save_report(document: dict[str, Any], output: Path, *, released: bool = False) -> tuple[Path, ...]:
+    """Writes `output` with the suffixes .csv (one line per method and L) and .json (everything).
+
+    `released`: the .csv is the table of the only tuned ranker as the released code writes it, and that of all methods
+    goes to <output>_methods.csv.
+    """
     table, full = output.with_suffix(".csv"), output.with_suffix(".json")
+    first: tuple[Path, ...] = ()
+    if released:
+        save_released(document, table)
+        first, table = (table,), table.with_name(f"{table.stem}_methods.csv")
     lines: list[dict[str, Any]] = []
     for row in document["rows"]:
         for level, value in row["mAP"].items():
@@ -32,7 +43,21 @@ def save_report(document: dict[str, Any], output: Path) -> tuple[Path, Path]:
     _write_lines(table, lines)
     rows = [{key: value for key, value in row.items() if key != "queries"} for row in document["rows"]]
     save_json(full, document | {"rows": rows})
-    return table, full
+    return *first, table, full
+
+
+def save_released(document: dict[str, Any], path: Path) -> None:
+    """Writes the released code's table of the only tuned ranker: k, mAP (k), std_err, six decimals each.
+
+    Its error divides by the number of queries (`standard_error`, elsewhere, by one less).
+    """
+    (row,) = (row for row in document["rows"] if row["method"] == "tuned")
+    lines = []
+    for level in sorted(map(int, row["mAP"])):
+        values = np.array(row["per_query"][str(level)])
+        error = float(values.std() / math.sqrt(len(values)))
+        lines.append({"k": level, "mAP (k)": f"{values.mean():.6f}", "std_err": f"{error:.6f}"})
+    _write_lines(path, lines)
 
 
 def save_per_query(document: dict[str, Any], path: Path) -> None:

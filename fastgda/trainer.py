@@ -28,10 +28,13 @@ from fastgda.distributed import Group
 from fastgda.losses import make_loss
 from fastgda.metrics import check_levels, embedding_retrieval, standard_error
 from fastgda.ranker import Ranker
+from fastgda.rankings import top
 from fastgda.recipes import TrainConfig
 from fastgda.sampling import Step, make_sampler
 from fastgda.tracking import Tracker
 
+RETRIEVED = (8, 10)
+"""Validation queries in the tracker's table of retrievals, and images for each."""
 SHOW_EVERY = 20
 """Steps between looks at the loss, each of which waits for the device."""
 
@@ -109,16 +112,14 @@ class Trainer:
         stop = self.total_steps if stop_after_steps is None else min(self.total_steps, self.step + stop_after_steps)
         if not self.history:
             self._validate(epoch=0, loss=None)
+        if self._stopped():
+            stop = self.step
         saved_at, silent = time.monotonic(), not self.group.first
         bar = tqdm(
             total=self.total_steps, initial=self.step, desc="train", unit="step", mininterval=1.0, disable=silent
         )
-        self.ranker.train()
         try:
-            for drawn in self._steps(stop):
-                if self._stopped():
-                    break
-                self._update(drawn)
+            for drawn in self.steps(stop):
                 bar.update()
                 if self.step % SHOW_EVERY == 0:
                     self._show(bar, drawn)
@@ -127,18 +128,23 @@ class Trainer:
                 if time.monotonic() - saved_at > checkpoint_seconds:
                     self._save()
                     saved_at = time.monotonic()
+                if self._stopped():
+                    break
         finally:
             bar.close()
         self._save()
         self.ranker.load_state_dict(self.best_state)
         return self.ranker.eval()
 
-    def _steps(self, stop: int) -> Iterator[Step]:
+    def steps(self, stop: int) -> Iterator[Step]:
+        """Trains up to step `stop` and nothing else: yields each step after its update."""
         # the next step is drawn while this one is computed
         with ThreadPoolExecutor(1) as pool:
             following = pool.submit(self.sampler.step, self.step)
             for number in range(self.step, stop):
                 drawn, following = following.result(), pool.submit(self.sampler.step, number + 1)
+                self.ranker.train()
+                self._update(drawn)
                 yield drawn
 
     def _update(self, drawn: Step) -> None:
@@ -215,8 +221,22 @@ class Trainer:
                 "score": score,
             }
         )
+        if self.tracker is not None:
+            self.tracker.log_table(self.step, "validation/retrievals", *self._retrievals(queries, images))
         if better:
             self.best_state = {name: value.detach().clone() for name, value in ranker.state_dict().items()}
+
+    def _retrievals(self, queries: Tensor, images: Tensor) -> tuple[list[str], list[list[float]]]:
+        # (columns, rows): what the first validation queries retrieve, and where the teacher ranks it
+        asked, shown = RETRIEVED
+        scores = (queries[:asked] @ images.T).float().cpu().numpy()
+        rows = []
+        for query, found in enumerate(top(scores, min(shown, scores.shape[1]))):
+            place = {int(image): rank for rank, image in enumerate(self.validation.rankings.rank[query], 1)}
+            for position, image in enumerate(map(int, found), 1):
+                score, rank = float(scores[query, image]), place.get(image, math.nan)
+                rows.append([float(query), float(position), float(image), score, float(rank)])
+        return ["query", "position", "image", "score", "teacher's rank"], rows
 
     def _stopped(self) -> bool:
         scores = [entry["score"] for entry in self.history if "score" in entry]

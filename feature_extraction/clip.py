@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from feature_extraction.preprocess import Preprocessing
+from feature_extraction.preprocess import Preprocessing, in_micro_batches
 from feature_extraction.weights import hub_file, load_weights, read_state_dict
 
 WIDTH = 512
@@ -22,8 +22,6 @@ MODEL = "ViT-B-32-quickgelu"
 TITLE = "CLIP ViT-B/32"
 REPO = "timm/vit_base_patch32_clip_224.openai"
 PREPROCESS = Preprocessing(224, 224, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-MICRO_BATCH = 8
-"""Images per forward pass on a CPU."""
 RECORDED = ("input_resolution", "context_length", "vocab_size")
 """Numbers that OpenAI's state dict holds beside the weights."""
 
@@ -56,12 +54,9 @@ class CLIPImage:
     @torch.inference_mode()
     def encode(self, images: list[Image.Image], captions: list[str]) -> np.ndarray:
         """Features [B, 512] float32 of the images; the captions are not used."""
-        parts = [np.zeros((0, self.dim), np.float32)]
-        step = MICRO_BATCH if self.device.type == "cpu" else len(images) or 1
-        for start in range(0, len(images), step):
-            pixels = PREPROCESS(images[start : start + step]).to(self.device)
-            parts.append(self.tower(pixels).float().cpu().numpy())
-        return np.concatenate(parts)
+        return in_micro_batches(
+            images, self.dim, self.device, lambda batch: self.tower(PREPROCESS(batch).to(self.device))
+        )
 
 
 class CLIPText:

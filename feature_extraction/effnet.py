@@ -18,14 +18,13 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from feature_extraction import vit
+from feature_extraction.preprocess import in_micro_batches
 from feature_extraction.weights import load_weights, read_state_dict
 
 WIDTH = 1280
 PIXELS = 192
 """Input side. Share of emoji whose nearest neighbour in another set has the same name (730 images, 90 names): 0.82 at
 96 px, 0.83 at 128, 0.855 at 160, 0.871 at 192, 0.871 at 224; the cost grows with the square of the side."""
-MICRO_BATCH = 8
-"""Images per forward pass: larger batches fall out of the processor's cache (224 px: 12 ms an image at 8, 25 at 32)."""
 MODEL = "tf_efficientnet_lite0"
 STAGES = (1, 2, 2, 3, 3, 4, 1)
 """Blocks in each stage; the packaged file numbers all sixteen blocks in one row."""
@@ -122,10 +121,9 @@ class EffNet:
     @torch.inference_mode()
     def encode(self, images: list[Image.Image], captions: list[str]) -> np.ndarray:
         """Features [B, 1280] float32 of the images; the captions are not used."""
-        parts = [np.zeros((0, WIDTH), np.float32)]
-        step = MICRO_BATCH if self.device.type == "cpu" else len(images) or 1
-        for start in range(0, len(images), step):
-            pixels = preprocess(images[start : start + step], PIXELS).to(self.device, memory_format=torch.channels_last)
-            features = self.model.forward_head(self.model.forward_features(pixels), pre_logits=True)
-            parts.append(features.float().cpu().numpy())
-        return np.concatenate(parts)
+
+        def forward(batch: list[Image.Image]) -> Tensor:
+            pixels = preprocess(batch, PIXELS).to(self.device, memory_format=torch.channels_last)
+            return self.model.forward_head(self.model.forward_features(pixels), pre_logits=True)
+
+        return in_micro_batches(images, WIDTH, self.device, forward)

@@ -10,7 +10,8 @@ and manifest.json. Work is cut into shards (feature_extraction/shards.py): after
 the last whole shard. `--shards 4 --shard 0` ... `--shard 3` divide it over four processes that share the folder, and
 `--merge` puts their shards together: the same bytes as one process writes. A split whose pictures, encoder and file are
 unchanged is skipped. A composition a+b is made from the files of a and b, which are extracted first where they are not
-up to date. A picture that cannot be read keeps its row, as zeros, and is listed in <split>_skipped.json.
+up to date. A picture that cannot be read keeps its row, as zeros, and is listed in <split>_skipped.json. `--workers 8`
+has Ray Data make the shards, on this machine or on the nodes of the cluster at `--address`: the same bytes again.
 """
 
 from __future__ import annotations
@@ -59,7 +60,12 @@ def finish(work: Extraction, ftype: str, todo: list[str], current: dict[str, str
         if "+" in ftype:
             compose(work, ftype, split)
         else:
-            if not work.config.merge:
+            if work.config.workers is not None:
+                # imported here, because extraction needs no Ray otherwise
+                from feature_extraction.cluster import encode_on_workers
+
+                encode_on_workers(work, ftype, split)
+            elif not work.config.merge:
                 work.encode(ftype, [split])
             work.plan(ftype, split).merge(folder, split)
         current[split] = work.hashes[split]

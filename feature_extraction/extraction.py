@@ -61,6 +61,12 @@ class ExtractConfig:
     """Which of them this is, from 0: it makes its shards and nothing else."""
     merge: bool = False
     """Put the shards of all processes together; encode nothing."""
+    workers: int | None = None
+    """Ray workers that make the shards, while this process writes them; by default this process alone, without Ray."""
+    address: str | None = None
+    """A running Ray cluster; by default with --workers one on this machine."""
+    threads: int | None = None
+    """Processors of each Ray worker; by default an equal share of this machine's."""
     dry_run: bool = False
     """Print images, estimated seconds and bytes, and write nothing."""
 
@@ -77,6 +83,11 @@ class ExtractConfig:
             raise ValueError(f"--max_corrupt {self.max_corrupt}: expected a share from 0 to 1")
         if not 0 <= (self.shard or 0) < self.shards or (self.shards > 1 and self.shard is None):
             raise ValueError(f"--shards {self.shards} --shard {self.shard}: expected both, and shard below shards")
+        for name in ("workers", "threads"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"--{name}: expected at least 1, found {getattr(self, name)}")
+        if self.workers is not None and (self.merge or self.shard is not None):
+            raise ValueError("--workers: expected it without --merge and --shard")
         if self.merge and self.shard is not None:
             raise ValueError("--merge: expected it without --shards and --shard")
 

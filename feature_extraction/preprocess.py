@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,8 @@ from torch import Tensor
 LONGEST = 8
 """Longest picture, in short sides: what lies further out is cut off first. It cannot reach the centre, and a strip of
 one pixel by fifty million would otherwise be resized to terabytes."""
+MICRO_BATCH = 8
+"""Images per forward pass on a CPU; more fall out of its cache (EfficientNet, 224 px: 12 ms each at 8, 25 at 32)."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,17 @@ class Preprocessing:
         if (width, height) != image.size:
             image = image.resize((width, height), Image.Resampling.BICUBIC)
         return _centre(image, self.pixels, self.pixels)
+
+
+def in_micro_batches(
+    images: list[Image.Image], dim: int, device: torch.device, forward: Callable[[list[Image.Image]], Tensor]
+) -> np.ndarray:
+    """Features [B, dim] float32 of `images`: `forward` sees a few at a time on a CPU, all at once elsewhere."""
+    parts = [np.zeros((0, dim), np.float32)]
+    step = MICRO_BATCH if device.type == "cpu" else len(images) or 1
+    for start in range(0, len(images), step):
+        parts.append(forward(images[start : start + step]).float().cpu().numpy())
+    return np.concatenate(parts)
 
 
 def _centre(image: Image.Image, width: int, height: int) -> Image.Image:

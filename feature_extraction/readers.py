@@ -54,6 +54,9 @@ def open_image(source: bytes | str | Path, name: str = "") -> Image.Image:
 
 
 def _on_white(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I;16"):
+        # Pillow would cut 16 bits off at 255
+        picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
     if "A" not in picture.getbands() and "transparency" not in picture.info:
         return picture.convert("RGB")
     layer = picture.convert("RGBA")

@@ -99,8 +99,12 @@ class Plan:
                 features, unread = encode_rows(encoder, self.table, self.rows(start), bar)
                 skipped += unread
                 self.check(skipped)
-                save_json(self.file(start).with_suffix(".json"), {"ids": self._ids(start), "skipped": unread})
-                save_npy(self.file(start), features)
+                self.store(start, features, unread)
+
+    def store(self, start: int, features: np.ndarray, skipped: Skipped) -> None:
+        """Writes a shard, its note first."""
+        save_json(self.file(start).with_suffix(".json"), {"ids": self._ids(start), "skipped": skipped})
+        save_npy(self.file(start), features)
 
     def check(self, skipped: Skipped) -> None:
         """`ValueError` naming the first unreadable picture if there are more of them than allowed."""

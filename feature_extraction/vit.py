@@ -18,12 +18,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from feature_extraction.preprocess import Preprocessing
+from feature_extraction.preprocess import Preprocessing, in_micro_batches
 from feature_extraction.weights import hub_file, load_weights, read_state_dict
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-MICRO_BATCH = 8
-"""Images per forward pass on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +100,6 @@ class ViT:
     @torch.inference_mode()
     def encode(self, images: list[Image.Image], captions: list[str]) -> np.ndarray:
         """Features [B, dim] float32 of the images; the captions are not used."""
-        parts = [np.zeros((0, self.dim), np.float32)]
-        step = MICRO_BATCH if self.device.type == "cpu" else len(images) or 1
-        for start in range(0, len(images), step):
-            pixels = self.preprocess(images[start : start + step]).to(self.device)
-            parts.append(self.model(pixels).float().cpu().numpy())
-        return np.concatenate(parts)
+        return in_micro_batches(
+            images, self.dim, self.device, lambda batch: self.model(self.preprocess(batch).to(self.device))
+        )
