@@ -1,20 +1,27 @@
 """Writes the released data's layout at any size, planted so that a known ranker is optimal.
 
-    PYTHONPATH=. python tests/released_layout.py FOLDER   # 118,287 x 1280 features, 5,000 x 10,000 rankings; 3 GB
+    PYTHONPATH=. python tests/released_layout.py FOLDER           # 118,287 x 1280 features and so on; 3 GB
+    PYTHONPATH=. python tests/released_layout.py FOLDER --small   # in seconds
+    PYTHONPATH=. python tests/released_layout.py FOLDER --hub     # small, as the release stands on the hub
 
 The teacher's score is the cosine in a few hidden directions of the feature. Two ReLU units carry each direction through
-the hidden layers, one for each sign, so the released architecture can represent the teacher exactly.
+the hidden layers, one for each sign, so the released architecture can represent the teacher exactly. Pictures are
+written with --small and --hub: coloured squares, whose features these are not.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import pickle
-import sys
+import shutil
+import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 from fastgda.dataset import normalise
 from fastgda.ranker import Ranker, RankerConfig, save_ranker
@@ -22,6 +29,7 @@ from fastgda.ranker import Ranker, RankerConfig, save_ranker
 FTYPE = "dino+clip_text"
 BLOCK = 4096
 """Rows made at a time."""
+COLOURS = ("red", "green", "blue", "orange", "purple", "black")
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,9 @@ class ReleasedSize:
     """Directions of the feature that the teacher sees."""
     width: int = 768
     """Hidden size and output size of the ranker."""
+
+
+SMALL = ReleasedSize(images=700, dim=12, train_queries=60, candidates=80, test_queries=9, hidden=3, width=16)
 
 
 def write_released(folder: Path, size: ReleasedSize, seed: int = 0) -> Ranker:
@@ -64,6 +75,53 @@ def write_released(folder: Path, size: ReleasedSize, seed: int = 0) -> Ranker:
     ranker = optimal_ranker(map_, size.width)
     save_ranker(folder / "weights" / f"{FTYPE}.pth", ranker)
     return ranker
+
+
+def write_pictures(folder: Path, size: ReleasedSize) -> None:
+    """Writes trainset/ and query_{train,test}/: pictures, captions, and arrays of the released shapes."""
+    trainset = folder / "trainset"
+    names = [f"{number:012d}.jpg" for number in range(size.images)]
+    for number, name in enumerate(names):
+        _write_picture(trainset / "train2017" / name, number)
+    document = {
+        "images": [{"id": 7 * number, "file_name": name} for number, name in enumerate(names)],
+        "annotations": [
+            {"id": 2 * number + again, "image_id": 7 * number, "caption": f"{_caption(number)}{', again' * again}"}
+            for number in range(size.images)
+            for again in range(2)
+        ],
+    }
+    annotations = trainset / "annotations" / "captions_train2017.json"
+    annotations.parent.mkdir()
+    annotations.write_text(json.dumps(document))
+    for split, count in (("train", size.train_queries), ("test", size.test_queries)):
+        queries = folder / f"query_{split}"
+        for number in range(count):
+            _write_picture(queries / "images" / f"{number}.png", number + 1)
+        (queries / "captions.txt").write_text("".join(f"{_caption(number + 1)}\n" for number in range(count)))
+        np.save(queries / "latents.npy", np.zeros((count, 4, 16, 16), np.float16))
+    near = np.tile(np.arange(size.candidates), (size.train_queries, 1))
+    with open(folder / "query_train" / "nn_dino.pkl", "wb") as handle:
+        pickle.dump({"fixed": {"rank": near}}, handle)
+
+
+def write_hub(folder: Path, size: ReleasedSize = SMALL, parts: int = 3) -> None:
+    """Writes the files as they stand on the hub: all under coco/, the training images as a tar file in parts."""
+    coco = folder / "coco"
+    write_released(coco, size)
+    write_pictures(coco, size)
+    trainset = coco / "trainset"
+    archive = folder / "train2017.tar"
+    with tarfile.open(archive, "w") as tar:
+        tar.add(trainset / "train2017", "train2017")
+    shutil.rmtree(trainset / "train2017")
+    content = archive.read_bytes()
+    archive.unlink()
+    step = -(-len(content) // parts)
+    for number in range(parts):
+        part = trainset / f"train2017.tar.part{chr(ord('a') + number // 26)}{chr(ord('a') + number % 26)}"
+        part.write_bytes(content[number * step : (number + 1) * step])
+    (folder / "README.md").write_text("of the repository\n")
 
 
 def optimal_ranker(map_: np.ndarray, width: int) -> Ranker:
@@ -111,5 +169,32 @@ def _write_pickle(path: Path, arrays: dict[str, np.ndarray]) -> None:
         pickle.dump({"random": {name: np.ascontiguousarray(array) for name, array in arrays.items()}}, handle)
 
 
+def _write_picture(path: Path, number: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = Image.new("RGB", (40, 32), "white")
+    side = 6 + number * 7 % 20
+    picture.paste(COLOURS[number % len(COLOURS)], (4, 4, 4 + side, 4 + side))
+    picture.save(path)
+
+
+def _caption(number: int) -> str:
+    return f"a {COLOURS[number % len(COLOURS)]} square, {6 + number * 7 % 20} wide"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line: see the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--small", action="store_true", help="a small size, with pictures")
+    parser.add_argument("--hub", action="store_true", help="small, as the release stands on the hub")
+    args = parser.parse_args(argv)
+    if args.hub:
+        write_hub(args.folder)
+    else:
+        write_released(args.folder, SMALL if args.small else ReleasedSize())
+        if args.small:
+            write_pictures(args.folder, SMALL)
+
+
 if __name__ == "__main__":
-    write_released(Path(sys.argv[1]), ReleasedSize())
+    main()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -15,10 +16,10 @@ from PIL import Image
 from test_collect import IMAGES, run, write_testbed
 
 from abu import attribute
-from abu.curvature import EKFAC
 from abu.draws import DrawConfig
-from abu.influence import UnlearnConfig, mean_losses, query_gradient, unlearn
+from abu.influence import mean_losses, model_curvature
 from abu.testbed import TESTBEDS
+from abu.unlearn import UnlearnConfig, moved_model, unlearn
 from fastgda.core import save_npz
 from feature_extraction.emoji import SCHEMA
 
@@ -45,20 +46,19 @@ def attribute_query(root, *flags):
 
 
 def test_the_top_images_are_those_whose_loss_rises_most(root, capsys):
-    assert attribute_query(root, "2", "--top", "5") == 0
+    assert attribute_query(root, "2", "--top", "5", "--timesteps", "2") == 0
     printed = capsys.readouterr().out
     found = json.loads((root / "out/test_2.json").read_text())
 
     testbed = replace(TESTBEDS["emoji"], root=root)
-    source, curvature = testbed.load_source(CPU), EKFAC.load(testbed.curvature)
+    source = testbed.load_source(CPU)
     query = testbed.query_examples("test", CPU).rows(2, 3)
-    draws = DrawConfig(draws=UnlearnConfig().draws)
-    gradient = query_gradient(source.denoiser, source.schedule, curvature, query, draws)
-    moved = unlearn(source.denoiser, curvature, gradient, UnlearnConfig().step, IMAGES)
+    curvature = model_curvature(testbed, source.denoiser)
+    change = unlearn(source.denoiser, source.schedule, curvature, query, UnlearnConfig(), IMAGES)
+    moved = moved_model(source.denoiser, change)
     training = testbed.training_examples(CPU)
-    losses = [
-        mean_losses([model], source.schedule, training, DrawConfig(draws=1))[0] for model in (source.denoiser, moved)
-    ]
+    draws = DrawConfig(bins=2, draws=1)
+    losses = [mean_losses([model], source.schedule, training, draws)[0] for model in (source.denoiser, moved)]
     expected = (losses[1] - losses[0]).argsort(descending=True)[:5].tolist()
     assert [entry["id"] for entry in found["top"]] == expected
     assert found["images"] == IMAGES
@@ -67,7 +67,7 @@ def test_the_top_images_are_those_whose_loss_rises_most(root, capsys):
 
 
 def test_candidates_come_from_the_stored_ranking(root):
-    assert attribute_query(root, "1", "--candidates", "10", "--top", "10") == 0
+    assert attribute_query(root, "1", "--candidates", "10", "--top", "10", "--timesteps", "2") == 0
     found = json.loads((root / "out/test_1.json").read_text())
     assert {entry["id"] for entry in found["top"]} == set(range(IMAGES - 10, IMAGES))
 
@@ -75,3 +75,14 @@ def test_candidates_come_from_the_stored_ranking(root):
 def test_a_query_out_of_range_is_refused(root, capsys):
     assert attribute_query(root, "4") == 2
     assert "--query: expected 0..3 in split test, found 4" in capsys.readouterr().err
+
+
+def test_a_dry_run_attributes_nothing(root, capsys):
+    assert attribute_query(root, "3", "--dry_run") == 0
+    assert re.search(rf"{IMAGES} images, [\d.]+ min, [\d.]+ GiB of memory", capsys.readouterr().out)
+    assert not (root / "out/test_3.json").exists()
+
+
+def test_more_candidates_than_are_ranked_are_refused(root, capsys):
+    assert attribute_query(root, "1", "--candidates", "301") == 2
+    assert "--candidates: expected 1..300, as many as are ranked, found 301" in capsys.readouterr().err

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -19,10 +20,16 @@ import torch
 from PIL import Image
 
 from abu import collect
+from abu.amortised import MeanGradients
+from abu.collect import ScoreCollector
+from abu.curvature import EKFAC
+from abu.gradients import load_gradients, pack, unpack
 from abu.models import Autoencoder, AutoencoderConfig, DiffusionConfig, SourceModel, build_denoiser, save_source
+from abu.plan import Piece
 from abu.sample import QUERY_SCHEMA
+from abu.testbed import TESTBEDS
 from benchmark import teacher
-from fastgda.core import ROOT, read_manifest, save_npy, sha256_file
+from fastgda.core import ROOT, load_npz, read_manifest, save_npy, sha256_file
 from fastgda.rankings import load_rankings
 
 IMAGES, QUERIES = 300, {"train": 70, "val": 3, "test": 4}
@@ -53,15 +60,29 @@ def write_testbed(root):
 
 
 def run(stage, root, *flags):
-    assert collect.main([stage, "--root", str(root), "--sketch", "384", *flags]) == 0
+    sketch = ["--sketch", "384"] if stage == "scores" else []
+    assert collect.main([stage, "--root", str(root), *sketch, *flags]) == 0
+
+
+def gradients(folder, index=0):
+    """g [runs, bins, tokens, out] of a whole pass."""
+    parts = [load_npz(path, ("gradients", "scales")) for path in sorted(folder.glob(f"pass_{index}_*.npz"))]
+    return np.concatenate([part["gradients"] * part["scales"].repeat(16, -1)[..., None] for part in parts], axis=-2)
+
+
+@pytest.fixture(scope="module")
+def testbed(collected):
+    return replace(TESTBEDS["emoji"], root=collected)
 
 
 @pytest.fixture(scope="module")
 def collected(tmp_path_factory):
     root = tmp_path_factory.mktemp("testbed")
     write_testbed(root)
-    for stage in ("curvature", "queries", "training"):
+    for stage in ("curvature", "queries"):
         run(stage, root)
+    run("training", root, "--passes", "2")
+    run("scores", root)
     random = np.random.default_rng(1)
     features = root / "data/emoji/feats/effnet"
     save_npy(features / "data_feats.npy", random.normal(size=(IMAGES, 5)).astype(np.float32))
@@ -70,58 +91,92 @@ def collected(tmp_path_factory):
     return root
 
 
-def test_every_image_is_scored_for_every_query(collected):
-    folder = collected / "data/emoji/cache/teacher"
-    assert teacher.load_pass(folder, 0, "normalised").shape == (77, IMAGES)
-    assert teacher.load_pass(folder, 0, "plain_runs").shape == (2, 7, IMAGES)
-    assert teacher.load_pass(folder, 0, "normalised_terms").shape == (2, 5, 7, IMAGES)
+def test_every_image_is_scored_for_every_query(testbed):
+    assert teacher.load_scores(testbed, 2, "normalised").shape == (77, IMAGES)
+    assert teacher.load_scores(testbed, 2, "plain_runs").shape == (2, 2, 7, IMAGES)
+    assert teacher.load_scores(testbed, 2, "normalised_terms").shape == (2, 2, 5, 7, IMAGES)
+
+
+def test_scores_are_products_of_the_mean_gradients_of_all_passes(testbed):
+    """Against whole weight gradients, for one image and one query; the sketch is nearly as long as they are."""
+    device, curvature = torch.device("cpu"), EKFAC.load(testbed.curvature)
+    source, config = testbed.load_source(device), collect.CollectConfig()
+    engine = MeanGradients(source.denoiser, source.schedule)
+
+    def whitened(examples, part, runs):
+        draws = config.draws(part, 1000)
+        g = torch.stack([engine(examples, draws, run) for run in runs]).mean(0)
+        return curvature.rotated_gradients(g.flatten(0, 1), examples.text.expand(5, -1, -1)) / curvature.damped().sqrt()
+
+    query = whitened(testbed.query_examples("test", device).rows(2, 3), "test", range(2)).mean(0)
+    image = whitened(testbed.training_examples(device).rows(270, 271), "training", range(4)).mean(0)
+    size = curvature.eigenvalues.numel()
+    assert collect.main(["scores", "--root", str(testbed.root), "--sketch", str(size)]) == 2
+    full = ScoreCollector(testbed, collect.ScoreConfig(sketch=size)).compute(Piece("scores", "2", 256, 300))
+    expected = (query * image).sum() / query.norm()
+    assert full["plain"][-2, 14] == pytest.approx(float(expected), rel=5e-3)
 
 
 def test_a_lost_piece_is_computed_again_to_the_same_numbers(collected):
     folder = collected / "data/emoji/cache/teacher"
     lost, kept = folder / "pass_0_000000.npz", folder / "pass_0_000256.npz"
-    before, stamp = teacher.load_pass(folder, 0, "normalised"), kept.stat().st_mtime_ns
+    before, stamp = gradients(folder), kept.stat().st_mtime_ns
     lost.unlink()
     run("training", collected)
-    after = teacher.load_pass(folder, 0, "normalised")
-    np.testing.assert_allclose(after, before, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(gradients(folder), before, rtol=1e-3, atol=1e-5 * np.abs(before).max())
     assert kept.stat().st_mtime_ns == stamp
+
+
+def test_passes_differ(collected):
+    folder = collected / "data/emoji/cache/teacher"
+    first, second = gradients(folder, 0), gradients(folder, 1)
+    assert np.corrcoef(first.ravel(), second.ravel())[0, 1] < 0.9
 
 
 def test_pieces_of_other_settings_are_refused(collected, capsys):
     folder = collected / "data/emoji/cache/teacher"
-    before = sorted(folder.iterdir())
-    assert collect.main(["training", "--root", str(collected), "--sketch", "192"]) == 2
+    before = sorted(folder.rglob("*"))
+    assert collect.main(["scores", "--root", str(collected), "--sketch", "192"]) == 2
     assert "config.sketch is 384, wanted 192" in capsys.readouterr().err
-    assert sorted(folder.iterdir()) == before
+    assert collect.main(["training", "--root", str(collected), "--bf16"]) == 2
+    assert "config.bf16 is False, wanted True" in capsys.readouterr().err
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_piece_of_other_captions_is_refused(testbed, tmp_path):
+    text = testbed.training_examples(torch.device("cpu")).text[:256].clone()
+    text[3, -1] = 0
+    with pytest.raises(ValueError, match=r"pass_0_000000.npz: gradients: expected 4095 tokens .*, found 4096"):
+        load_gradients(collect.folder_of(testbed) / "pass_0_000000.npz", text, "")
+
+
+def test_gradients_at_padding_are_not_kept_and_the_rest_comes_back():
+    generator = torch.Generator().manual_seed(0)
+    gradients, text = torch.randn(2, 3, 4, 5, 6, generator=generator), torch.randn(4, 5, 7, generator=generator)
+    gradients *= torch.tensor([1e-9, 1.0, 1e9, 0.0]).view(-1, 1, 1)
+    text[1, 3:] = 0
+    arrays = pack(gradients, text)
+    assert arrays["gradients"].shape == (2, 3, 18, 6)
+    wanted = gradients.clone()
+    wanted[:, :, 1, 3:] = 0
+    torch.testing.assert_close(unpack(arrays, text), wanted, rtol=1e-3, atol=0)
 
 
 def test_ray_workers_leave_the_same_pieces_even_if_the_driver_is_killed(collected, tmp_path):
     root = tmp_path / "root"
     shutil.copytree(collected, root)
     folder = root / "data/emoji/cache/teacher"
-    expected = teacher.load_pass(folder, 0, "normalised")
+    expected = gradients(folder)
     for piece in folder.glob("pass_*"):
         piece.unlink()
-    command = [
-        sys.executable,
-        "-m",
-        "abu.collect",
-        "training",
-        "--root",
-        str(root),
-        "--sketch",
-        "384",
-        "--workers",
-        "1",
-    ]
+    command = [sys.executable, "-m", "abu.collect", "training", "--root", str(root), "--workers", "1"]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True) as driver:
         while not list(folder.glob("pass_*.npz")):
             assert driver.poll() is None, "the driver ended before it had written a piece"
             time.sleep(0.05)
         os.killpg(driver.pid, signal.SIGKILL)
     run("training", root)
-    np.testing.assert_allclose(teacher.load_pass(folder, 0, "normalised"), expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(gradients(folder), expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())
 
 
 def test_a_dry_run_computes_nothing_and_names_time_memory_and_disk(collected, capsys):
@@ -134,13 +189,13 @@ def test_a_dry_run_computes_nothing_and_names_time_memory_and_disk(collected, ca
 def test_status_counts_pieces(collected, capsys):
     run("status", collected)
     printed = capsys.readouterr().out.splitlines()
-    assert printed[:2] == ["queries: 4 of 4 pieces", "pass 0: 2 of 2 pieces"]
+    wanted = ["queries: 4 of 4 pieces", "pass 0: 2 of 2 pieces", "pass 1: 2 of 2 pieces"]
+    assert printed == [*wanted, "scores of 2 passes: 2 of 2 pieces"]
 
 
 @pytest.mark.parametrize("name", ["influence", "influence_plain"])
-def test_rankings_follow_the_scores(collected, name):
-    key = "normalised" if name == "influence" else "plain"
-    scores = teacher.load_pass(collected / "data/emoji/cache/teacher", 0, key)
+def test_rankings_follow_the_scores(collected, testbed, name):
+    scores = teacher.load_scores(testbed, 2, "normalised" if name == "influence" else "plain")
     test = load_rankings(collected / f"data/emoji/{name}_test.npz", IMAGES)
     assert test.rank.shape == (4, IMAGES)
     assert np.array_equal(test.rank[:, 0], scores[-4:].argmax(1))
@@ -173,7 +228,14 @@ def test_reliability_is_one_for_equal_runs_and_chance_for_unrelated_ones():
 
 def test_missing_scores_name_the_command(tmp_path, capsys):
     assert teacher.main(["--root", str(tmp_path)]) == 2
-    assert "python -m abu.collect training" in capsys.readouterr().err
+    assert "python -m abu.encode" in capsys.readouterr().err
+
+
+def test_a_pass_that_is_not_whole_is_not_scored(collected, tmp_path, capsys):
+    shutil.copytree(collected, tmp_path / "root")
+    (tmp_path / "root/data/emoji/cache/teacher/pass_0_000256.npz").unlink()
+    assert collect.main(["scores", "--root", str(tmp_path / "root")]) == 2
+    assert "expected the pieces of a whole pass, found 2 begun" in capsys.readouterr().err
 
 
 def test_curvature_remembers_its_model(collected):

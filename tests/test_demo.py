@@ -2,92 +2,218 @@
 
 from __future__ import annotations
 
+import html
+import json
+import os
 import re
 import shutil
+import signal
 import socket
+import time
 import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
 
 import numpy as np
 import pytest
-import torch
+from demo_world import (
+    FTYPE,
+    IMAGES,
+    QUERIES,
+    RELEASED,
+    TOP,
+    coco_config,
+    expected_ids,
+    free_port,
+    load,
+    write_coco,
+    write_world,
+)
 from PIL import Image
-from small_world import draw, png, write_data, write_ranker, write_rankings
+from small_world import draw, png, write_ranker
 
 import demo
-from benchmark.screenshot_demo import CHROMIUM_FLAGS, INSTALL, find_chromium
-from benchmark.screenshot_demo import main as screenshot
 from fastgda.core import load_npz
-from fastgda.ranker import Ranker, load_ranker
-from feature_extraction.extract import main as extract
-from feature_extraction.readers import open_image
-
-IMAGES, QUERIES, TOP = 36, 4, 6
+from fastgda.ranker import load_ranker
+from serving import page
+from serving.world import World
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("world") / "emoji"
-    write_data(folder, IMAGES, QUERIES)
-    write_rankings(folder, IMAGES, QUERIES)
-    write_ranker(folder / "ranker.pth", 1280 + 384)
-    assert extract(["--data_dir", str(folder), "--splits", "data", "--device", "cpu"]) == 0
-    return folder
+    return write_world(tmp_path_factory.mktemp("world") / "emoji")
 
 
 def flags(data: Path, **changes: Any) -> list[str]:
     """The command line for the small testbed."""
-    values = {"data_dir": data, "checkpoint": data / "ranker.pth", "feature_dir": data / "feats", "topk": TOP} | changes
+    values = {"data_dir": data, "checkpoint": data / "ranker.pth", "feature_dir": data / "feats", "topk": TOP}
+    values |= {"ftype": FTYPE, "source_model": data / "source"} | changes
     return [part for name, value in values.items() for part in (f"--{name}", str(value))]
 
 
 @pytest.fixture(scope="module")
-def world(data: Path) -> demo.World:
-    return demo.load_world(demo.DemoConfig(data / "ranker.pth", data_dir=data, topk=TOP))
+def world(data: Path) -> World:
+    return load(data)
 
 
-def expected_ids(world: demo.World, data: Path, image: Image.Image, prompt: str, tuned: bool) -> list[int]:
-    """The slow twin: embed everything, sort all scores."""
-    training = np.load(data / "feats" / "effnet+minilm" / "data_feats.npy")
-    query = world.encoder.encode([image], [prompt])
-    if tuned:
-        ranker: Ranker = load_ranker(data / "ranker.pth")
-        with torch.no_grad():
-            scores = (ranker(torch.from_numpy(training)) @ ranker(torch.from_numpy(query)).T)[:, 0].numpy()
-    else:
-        scores = (training @ query.T)[:, 0]
-    return np.argsort(-scores)[:TOP].tolist()
-
-
-def test_results_are_those_of_the_slow_twin(world: demo.World, data: Path) -> None:
+def test_answers_are_those_of_the_slow_twin(world: World, data: Path) -> None:
     for query in range(QUERIES):
         image, prompt = world.queries.image(query), world.queries.caption(query)
-        tuned, untuned = demo.attribute(world, image, prompt)
-        assert tuned.ids.tolist() == expected_ids(world, data, image, prompt, tuned=True)
-        assert untuned.ids.tolist() == expected_ids(world, data, image, prompt, tuned=False)
-        assert tuned.encode_seconds > 0 and tuned.embed_seconds > 0 and tuned.search_seconds > 0
+        answer: Any = world.stored(query, TOP)
+        assert answer.tuned.ids[:TOP].tolist() == expected_ids(world, data, image, prompt, tuned=True)
+        assert answer.untuned.ids.tolist() == expected_ids(world, data, image, prompt, tuned=False)
+        assert min(answer.seconds.values()) > 0 and answer.query == query
+        features = np.load(data / "feats" / FTYPE / "data_feats.npy")[answer.tuned.ids]
+        cosines = features @ world.encoder.encode([image], [prompt])[0] / 2  # two parts of unit length each
+        assert np.allclose(answer.distances, 1 - cosines, atol=1e-5)
 
 
-def test_threads_see_their_own_results(world: demo.World) -> None:
-    alone = [demo.show_query(world, query)[1:] for query in range(QUERIES)]
+def test_shares_are_those_of_the_rule(world: World) -> None:
+    rule = world.credit
+    answer: Any = world.stored(1, TOP)
+    assert rule is not None and "4 validation queries" in rule.fitted_on
+    order = answer.tuned.ids.tolist()
+    assert len(order) == min(rule.depth, IMAGES)
+    owners = [("flat", "outline")[i // 18] + " studio" for i in order]
+    assert answer.shares == rule.shares(answer.tuned.scores, owners)
+    teacher: Any = world.teacher
+    rank, scores = teacher.rank[1].tolist(), np.maximum(teacher.score[1].astype(float), 0)
+    flat = sum(score for image, score in zip(rank, scores, strict=True) if image < 18)
+    assert answer.truth["flat studio"] == pytest.approx(flat / scores.sum())
+
+
+def test_typical_distance_is_that_of_nearest_others(world: World, data: Path) -> None:
+    features = np.load(data / "feats" / FTYPE / "data_feats.npy") / np.sqrt(2)
+    cosines = features @ features.T - 9 * np.eye(IMAGES)
+    assert world.typical_distance == pytest.approx(float(np.median(1 - cosines.max(1))), abs=1e-5)
+
+
+def test_threads_see_their_own_results(world: World) -> None:
+    alone = [page.show_query(world, query)[1:] for query in range(QUERIES)]
     with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(lambda query: demo.show_query(world, query)[1:], list(range(QUERIES)) * 3))
+        together = list(pool.map(lambda query: page.show_query(world, query)[1:], list(range(QUERIES)) * 3))
     assert together == alone * 3
 
 
-def test_agreement_with_the_teacher_is_counted(world: demo.World) -> None:
-    status, _, tuned, untuned, teacher = demo.show_query(replace(world, level=18), 1)
+def test_agreement_with_the_teacher_is_counted(world: World) -> None:
+    status, _, _, _, tuned, untuned, teacher = page.show_query(replace(world, level=18), 1)
     counts = re.search(r"(\d+) \(tuned\) and (\d+) \(untuned\)", status)
     assert counts is not None
     assert (int(counts[1]), int(counts[2])) == (tuned.count('"agreed"'), untuned.count('"agreed"'))
-    shown, _ = demo.attribute(world, world.queries.image(1), world.queries.caption(1))
-    assert int(counts[1]) == len(set(shown.ids.tolist()) & set(world.teacher.rank[1, :18].tolist()))
+    shown = world.stored(1, TOP).tuned.ids[:TOP]
+    assert int(counts[1]) == len(set(shown.tolist()) & set(world.teacher.rank[1, :18].tolist()))
     first = world.images.caption(int(world.teacher.rank[1, 0]))
     assert re.findall(r'alt="([^"]+)"', teacher)[0] == first
+
+
+def test_generated_pictures_depend_on_prompt_and_seed(world: World) -> None:
+    first, again, other = (world.generated("a heart", seed, TOP) for seed in (3, 3, 4))
+    assert first.image.tobytes() == again.image.tobytes() != other.image.tobytes()
+    assert np.array_equal(first.tuned.ids, again.tuned.ids) and first.seconds["generate"] > 0
+    assert first.image.size == (16, 16) and first.seed == 3 and first.prompt == "a heart"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "seed", "complaint"),
+    [
+        ("", 0, "Type the prompt"),
+        ("x" * 100_000, 0, "prompt: expected at most 1,000 characters, found 100,000"),
+        ("a heart", -1, "seed: expected a whole number"),
+        ("a heart", 1.5, "seed: expected a whole number"),
+        ("a heart", None, "seed: expected a whole number"),
+        ("a heart", float("nan"), "seed: expected a whole number"),
+        ("a heart", 2**31, "seed: expected a whole number from 0 to 2,147,483,647"),
+    ],
+)
+def test_what_cannot_be_generated_becomes_a_message(world: World, prompt: str, seed: float, complaint: str) -> None:
+    status, *rest = page.show_generated(world, prompt, seed)
+    assert complaint in status and 'role="alert"' in status and set(rest) == {""}
+
+
+def test_any_script_may_be_prompted(world: World) -> None:
+    for prompt in ("赤いハート", "قلب أحمر", "❤️ 👩‍👩‍👧", "\x00 \ud800 heart"):
+        assert "ms: generate" in page.show_generated(world, prompt, 1)[0]
+
+
+def test_permalinks_lead_back(world: World) -> None:
+    for parameters in ({"query": "2"}, {"prompt": "a & b <c>", "seed": "5"}):
+        tab, query, prompt, seed, shown = page.show_address(world, parameters)
+        link = re.search(r'href="\?([^"]+)"', shown[2])
+        assert link is not None
+        assert dict(parse_qsl(html.unescape(link[1]))) == parameters
+        assert (tab, query, prompt, seed) == (
+            ("stored", 2, "", 0) if "query" in parameters else ("generate", 0, "a & b <c>", 5)
+        )
+    assert page.show_address(world, {})[4][2:] == page.show_query(world, 0)[2:]
+    for wrong in (
+        {"query": "99"},
+        {"query": "-1"},
+        {"query": "²"},
+        {"query": "9" * 5000},
+        {"prompt": "x", "seed": "y"},
+    ):
+        assert 'role="alert"' in page.show_address(world, wrong)[4][0]
+    assert "no source model" in page.show_address(replace(world, painter=None), {"prompt": "x"})[4][0]
+
+
+def test_without_scores_there_are_no_shares(world: World) -> None:
+    assert "No shares" in page.show_query(replace(world, credit=None), 0)[3]
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_coco(tmp_path_factory.mktemp("released") / "coco")
+
+
+def test_released_data_is_shown(coco: Path) -> None:
+    """By layout; features with and without a manifest."""
+    config, folder = coco_config(coco), coco / "feats" / "pixel"
+    (folder / "manifest.json").rename(coco / "manifest.json")
+    world = demo.load_world(config)
+    (coco / "manifest.json").rename(folder / "manifest.json")
+    assert config.mode == "coco" and demo.load_world(config).level == 40
+    ranker = load_ranker(config.checkpoint)
+    for query in range(4):
+        answer: Any = world.stored(query, TOP)
+        asked, stored = (np.load(folder / f"{name}_feats.npy") for name in ("test_query", "data"))
+        scores = (ranker.embed_queries(asked[query][None]) @ ranker.embed(stored).T)[0].numpy()
+        np.testing.assert_allclose(answer.tuned.scores, np.sort(scores)[::-1][:TOP], atol=1e-5)
+        np.testing.assert_allclose(scores[answer.tuned.ids], answer.tuned.scores, atol=1e-5)
+        # picture i of the training set is drawn as query i - 1 is, and stored as JPEG
+        assert answer.untuned.scores[0] == pytest.approx(1, abs=0.05)
+    status, shown, _, shares, tuned, _, teacher = page.show_query(world, 1)
+    assert "among 40 training images" in status and "test query 1" in shown and shares == ""
+    assert tuned.count("<img") == teacher.count("<img") == TOP
+    found, first = (world.stored(1, 1).tuned.ids[0], world.teacher.rank[1, 0])
+    assert f">image {7 * found}<" in tuned and f">image {7 * first}<" in teacher
+    told = page.Api(world).query(1, 3)
+    assert [entry["creator"] for entry in told["images"]] == [None] * 3 and told["shares"] == []
+
+
+def test_what_released_data_lacks_is_a_message(coco: Path) -> None:
+    world = demo.load_world(coco_config(coco))
+    assert world.painter is None and world.credit is None
+    tab, *_, shown = page.show_address(world, {"prompt": "a red square", "seed": "3"})
+    assert tab == "stored" and "no source model" in shown[0]
+
+
+def test_training_images_that_are_missing_keep_their_captions(coco: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(coco, tmp_path / "coco")
+    shutil.rmtree(copy / "trainset" / "train2017")
+    _, shown, _, _, tuned, untuned, teacher = page.show_query(demo.load_world(coco_config(copy)), 1)
+    assert "<img" in shown and "<img" not in tuned + untuned + teacher
+    assert tuned.count("square") == untuned.count("square") == teacher.count("square") == TOP
+
+
+def test_released_data_of_another_feature_is_refused(coco: Path, capsys) -> None:
+    command = ["--checkpoint", str(coco / "weights" / f"{RELEASED}.pth"), "--data_dir", str(coco)]
+    assert demo.main([*command, "--ftype", "effnet"]) == 2
+    assert "data_feats.npy: expected a file" in capsys.readouterr().err
+    assert demo.main([*command, "--weights", f"dino={coco / 'none.pth'}"]) == 2
+    assert "none.pth does not exist" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -102,20 +228,19 @@ def test_agreement_with_the_teacher_is_counted(world: demo.World) -> None:
     ],
 )
 def test_mistakes_become_messages(
-    world: demo.World, tmp_path: Path, content: bytes | None, prompt: str | None, complaint: str
+    world: World, tmp_path: Path, content: bytes | None, prompt: str | None, complaint: str
 ) -> None:
     path = None
     if content is not None:
         path = str(tmp_path / "up.png")
         Path(path).write_bytes(content)
-    status, *galleries = demo.show_upload(world, path, prompt)
-    assert complaint in status and 'role="alert"' in status
-    assert galleries == ["", "", "", ""]
+    status, *rest = page.show_upload(world, path, prompt)
+    assert complaint in status and 'role="alert"' in status and set(rest) == {""}
 
 
-def test_markup_in_a_prompt_is_text(world: demo.World, tmp_path: Path) -> None:
+def test_markup_in_a_prompt_is_text(world: World, tmp_path: Path) -> None:
     (tmp_path / "up.png").write_bytes(png(draw("red", "circle", "flat")))
-    _, shown, *_ = demo.show_upload(world, str(tmp_path / "up.png"), '<script>alert(1)</script> "quoted"')
+    _, shown, *_ = page.show_upload(world, str(tmp_path / "up.png"), '<script>alert(1)</script> "quoted"')
     assert "<script>" not in shown and "&lt;script&gt;" in shown and "&quot;quoted&quot;" in shown
 
 
@@ -125,10 +250,10 @@ def test_markup_in_a_prompt_is_text(world: demo.World, tmp_path: Path) -> None:
         ("trainset/emoji.parquet", "python -m feature_extraction.emoji"),
         ("query_test/queries.parquet", "python -m abu.sample"),
         (
-            "feats/effnet+minilm/data_feats.npy",
-            "python -m feature_extraction.extract --mode emoji --ftype effnet+minilm",
+            "feats/pixel+minilm/data_feats.npy",
+            "python -m feature_extraction.extract --mode emoji --ftype pixel+minilm",
         ),
-        ("feats/effnet+minilm/manifest.json", "manifest.json"),
+        ("feats/pixel+minilm/manifest.json", "manifest.json"),
         ("ranker.pth", "train.py"),
         ("influence_test.npz", "influence_test.npz"),
     ],
@@ -143,11 +268,11 @@ def test_missing_artifact_exits_with_one_line(data: Path, tmp_path: Path, capsys
 
 def test_artifacts_of_other_runs_are_refused(data: Path, tmp_path: Path, capsys) -> None:
     copy = shutil.copytree(data, tmp_path / "emoji")
-    write_ranker(copy / "narrow.pth", 1280)
+    write_ranker(copy / "narrow.pth", 768)
     assert demo.main(flags(copy, checkpoint=copy / "narrow.pth")) == 2
-    assert "narrow.pth: expected a ranker of 1664-dimensional features" in capsys.readouterr().err
-    manifest = copy / "feats" / "effnet+minilm" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"pixels": 192', '"pixels": 64'))
+    assert "narrow.pth: expected a ranker of 1152-dimensional features" in capsys.readouterr().err
+    manifest = copy / "feats" / "pixel+minilm" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"pixels": 16', '"pixels": 8'))
     assert demo.main(flags(copy)) == 2
     assert "found others; redo: python -m feature_extraction.extract" in capsys.readouterr().err
     rank = load_npz(copy / "influence_test.npz", ("rank",))["rank"]
@@ -165,161 +290,33 @@ def test_taken_port_exits_with_one_line(data: Path, capsys) -> None:
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error: ")
 
 
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@pytest.fixture(scope="module")
-def address(world: demo.World) -> Iterator[str]:
-    app = demo.build_app(world)
-    url = demo.launch(app, "127.0.0.1", free_port())
-    yield url
-    app.close()
-
-
-@dataclass
-class Visit:
-    """A page and what it asked for."""
-
-    page: Any
-    requests: list[str] = field(default_factory=list)
-    errors: list[str] = field(default_factory=list)
-
-    def captions(self, gallery: str) -> list[str]:
-        """The captions that a gallery shows, in order."""
-        return self.page.locator(f"#{gallery} img").evaluate_all("images => images.map(image => image.alt)")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    path = find_chromium()
-    if path is None:
-        pytest.skip(f"no browser: {INSTALL}")
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as driver:
-        chromium = driver.chromium.launch(executable_path=path, headless=True, args=list(CHROMIUM_FLAGS))
-        yield chromium
-        chromium.close()
-
-
-@pytest.fixture
-def visit(browser: Any, address: str) -> Iterator[Visit]:
-    page = browser.new_page()
-    page.set_default_timeout(30_000)
-    found = Visit(page)
-    page.on("request", lambda request: found.requests.append(request.url))
-    page.on("pageerror", lambda error: found.errors.append(str(error)))
-    page.goto(address)
-    page.wait_for_selector("#teacher img")
-    yield found
-    assert found.errors == []
-    page.close()
-
-
-def names(world: demo.World, ids: list[int]) -> list[str]:
-    """Captions of training images."""
-    return [world.images.caption(image) for image in ids]
-
-
-def test_browser_shows_a_stored_query(visit: Visit, world: demo.World, data: Path) -> None:
-    page = visit.page
-    page.get_by_label("Prompt", exact=True).click()
-    page.get_by_role("option", name=f"2: {world.queries.caption(2)}").click()
-    page.locator("#query .small", has_text="test query 2").wait_for()
-    image, prompt = world.queries.image(2), world.queries.caption(2)
-    assert visit.captions("query") == [prompt]
-    assert visit.captions("tuned") == names(world, expected_ids(world, data, image, prompt, tuned=True))
-    assert visit.captions("untuned") == names(world, expected_ids(world, data, image, prompt, tuned=False))
-    assert visit.captions("teacher") == names(world, world.teacher.rank[2, :TOP].tolist())
-    first = page.locator("#tuned figure").first.inner_text()
-    assert re.search(r"set (flat|outline)", first) and re.search(r"score -?\d\.\d{3}", first)
-    assert re.search(r"ms: encode [\d.]+, embed [\d.]+, search [\d.]+", page.locator("#status").inner_text())
-
-
-def test_browser_attributes_an_upload(visit: Visit, world: demo.World, data: Path, tmp_path: Path) -> None:
-    page, picture = visit.page, draw("orange", "triangle", "outline")
-    (tmp_path / "mine.png").write_bytes(png(picture))
-    page.get_by_role("tab", name="Your own picture").click()
-    page.locator("#upload input[type=file]").set_input_files(tmp_path / "mine.png")
-    page.locator("#upload").get_by_text("mine").first.wait_for()
-    page.locator("#prompt textarea").fill("orange triangle, outline style")
-    page.locator("#submit").click()
-    page.locator("#query .small", has_text="your picture").wait_for()
-    prompt = "orange triangle, outline style"
-    assert visit.captions("tuned") == names(world, expected_ids(world, data, picture, prompt, tuned=True))
-    assert visit.captions("untuned") == names(world, expected_ids(world, data, picture, prompt, tuned=False))
-    assert visit.captions("untuned")[0] == prompt
-    assert "stored queries only" in page.locator("#teacher").inner_text()
-
-
-def test_browser_shows_a_message_for_what_is_no_picture(visit: Visit, tmp_path: Path) -> None:
-    page = visit.page
-    (tmp_path / "notes.png").write_text("not a picture")
-    page.get_by_role("tab", name="Your own picture").click()
-    page.locator("#submit").click()
-    page.locator("#status [role=alert]", has_text="Choose a picture first.").wait_for()
-    page.locator("#upload input[type=file]").set_input_files(tmp_path / "notes.png")
-    page.locator("#upload").get_by_text("notes").first.wait_for()
-    page.locator("#prompt textarea").fill("a note")
-    page.locator("#submit").click()
-    page.locator("#status [role=alert]", has_text="notes.png: expected an image").wait_for()
-    assert visit.captions("tuned") == []
-    page.get_by_role("tab", name="Stored query").click()
-    page.get_by_label("Prompt", exact=True).click()
-    page.get_by_role("option").nth(1).click()
-    page.wait_for_selector("#tuned img")
-
-
-def test_page_asks_nothing_of_the_internet(visit: Visit, address: str) -> None:
-    visit.page.evaluate("document.fonts.ready.then(() => document.fonts.size)")
-    outside = {url for url in visit.requests if not url.startswith((address, "data:", "blob:"))}
-    assert visit.requests and outside == set()
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_is_readable_and_nothing_overflows_on_a_phone(browser: Any, address: str, scheme: str) -> None:
-    page = browser.new_page(viewport={"width": 380, "height": 800}, color_scheme=scheme)
-    page.goto(address)
-    page.wait_for_selector("#teacher img")
-    assert page.evaluate("document.documentElement.scrollWidth") <= 380
-    script = "node => [getComputedStyle(node).color, getComputedStyle(node.closest('figure')).backgroundColor]"
-    for selector in ("#tuned figcaption", "#tuned figcaption .small"):
-        text, paper = (luminance(c) for c in page.locator(selector).first.evaluate(script))
-        assert (paper < 0.5) == (scheme == "dark")
-        assert (max(text, paper) + 0.05) / (min(text, paper) + 0.05) >= 4.5, f"{selector} in {scheme}"
-    page.close()
-
-
-def luminance(colour: str) -> float:
-    """Relative luminance (WCAG 2) of a CSS rgb() colour."""
-    channels = [int(value) / 255 for value in re.findall(r"\d+", colour)[:3]]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
-
-
-def test_screenshot_command(browser: Any, address: str, tmp_path: Path) -> None:
-    """The command opens a browser of its own, hence in a thread: Playwright allows one loop in each."""
-    out = tmp_path / "demo.png"
-    arguments = ["--url", address, "--query", "3", "--out", str(out), "--width", "900"]
-    with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(screenshot, arguments).result() == 0
-    assert open_image(out).size == (900, 1000)
-
-
-def test_command_serves_until_interrupted(data: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    import gradio
-
+def test_command_serves_until_sigterm(data: Path, capsys) -> None:
+    """A request that is under way when the signal comes is answered; the command ends with 0."""
     port, answers = free_port(), []
 
-    def visit_and_stop(app: gradio.Blocks) -> None:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/") as reply:
-            answers.append(reply.status)
-        app.close()
+    def visit_and_stop() -> None:
+        for _ in range(600):
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health") as reply:
+                    answers.append(json.load(reply))
+                break
+            except OSError:
+                time.sleep(0.05)
+        body = json.dumps({"data": [0, 3]}).encode()
+        call = f"http://127.0.0.1:{port}/gradio_api/call/query"
+        request = urllib.request.Request(call, body, {"content-type": "application/json"})
+        event = json.load(urllib.request.urlopen(request))["event_id"]
+        os.kill(os.getpid(), signal.SIGTERM)
+        answers.append(urllib.request.urlopen(f"{call}/{event}").read().decode())
 
-    monkeypatch.setattr(gradio.Blocks, "block_thread", visit_and_stop)
-    assert demo.main(flags(data, port=port)) == 0
-    assert answers == [200]
-    assert f"serving on http://127.0.0.1:{port}" in capsys.readouterr().out
+    with ThreadPoolExecutor(1) as pool:
+        visitor = pool.submit(visit_and_stop)
+        assert demo.main(flags(data, port=port)) == 0
+        visitor.result()
+    assert answers[0]["status"] == "ok" and answers[0]["training_images"] == IMAGES
+    assert "event: complete" in answers[1]
+    told = capsys.readouterr()
+    assert f"serving on http://127.0.0.1:{port}" in told.out
+    lines = [json.loads(line) for line in told.err.splitlines() if line.startswith("{")]
+    assert [line["event"] for line in lines if line["event"] in ("query", "stopped")] == ["query", "stopped"]
+    assert lines[-1]["finished"] is True

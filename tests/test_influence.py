@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 from scipy.stats import spearmanr
 from tiny_teacher import tiny_teacher
+from torch import nn
 
-from abu.amortised import Examples, GradientEngine, QueryMatrix, Sketch, score_block
+from abu.amortised import Examples, MeanGradients, QueryMatrix, Sketch, score_block, sketched
+from abu.curvature import Curvature
 from abu.diffusion_loss import example_losses
 from abu.draws import DrawConfig, draw
 from abu.fisher import CurvatureConfig, fit_curvature
-from abu.influence import mean_losses, query_gradient, unlearn
+from abu.influence import mean_losses
+from abu.layers import select_layers
+from abu.unlearn import UnlearnConfig, moved_model, natural_step, query_gradient, still_weights, unlearn
 
 DRAWS = DrawConfig(bins=2, draws=2)
 
@@ -28,18 +33,29 @@ def curvature(tiny):
     return tiny.curvature()
 
 
+@pytest.fixture(scope="module")
+def factors(curvature):
+    return Curvature((curvature,), 1)
+
+
 def exact(tiny, curvature, step):
-    gradient = query_gradient(tiny.denoiser, tiny.schedule, curvature, tiny.query, DRAWS)
-    models = [tiny.denoiser, unlearn(tiny.denoiser, curvature, gradient, step, 24)]
+    factors = Curvature((curvature,), 1)
+    gradient = query_gradient(tiny.denoiser, tiny.schedule, factors, tiny.query, DRAWS)
+    models = [tiny.denoiser, moved_model(tiny.denoiser, natural_step(factors, gradient, step / 24))]
     before, after = mean_losses(models, tiny.schedule, tiny.training, DRAWS)
     return (after - before) / step
 
 
 def amortised(tiny, curvature, sketch, batch_size=24):
-    engine = GradientEngine(tiny.denoiser, tiny.schedule, curvature, Sketch.of(curvature, sketch))
-    queries = QueryMatrix.of(engine(tiny.query, DRAWS, 0))
+    gradients, sketch = MeanGradients(tiny.denoiser, tiny.schedule), Sketch.of(curvature, sketch)
+
+    def vectors(examples):
+        found = gradients(examples, DRAWS, 0)
+        return torch.stack([sketched(g, examples.text, curvature, sketch) for g in found])
+
+    queries = QueryMatrix.of(vectors(tiny.query))
     blocks = [
-        score_block(queries, engine(tiny.training.rows(start, start + batch_size), DRAWS, 0))
+        score_block(queries, vectors(tiny.training.rows(start, start + batch_size)))
         for start in range(0, 24, batch_size)
     ]
     return torch.cat([plain for plain, _ in blocks], 1)[0], torch.cat([terms for _, terms in blocks], 2)[:, 0]
@@ -65,19 +81,79 @@ def test_the_diagonal_fisher_takes_the_same_place(tiny):
 
 
 def test_factors_of_another_model_are_refused(tiny, curvature):
-    wide = Sketch.of(curvature, 48)
-    other = replace(curvature, names=("a", *curvature.names[1:]))
-    with pytest.raises(ValueError, match=r"expected factors of down_blocks.*, found a \(16, 6\)"):
-        GradientEngine(tiny.denoiser, tiny.schedule, other, wide)
-    with pytest.raises(ValueError, match="expected factors of 14 layers, found 13"):
-        query_gradient(tiny.denoiser, tiny.schedule, replace(curvature, sizes=(16,) * 13), tiny.query, DRAWS)
+    def gradient(other):
+        query_gradient(tiny.denoiser, tiny.schedule, Curvature((other,), 1), tiny.query, DRAWS)
+
+    with pytest.raises(ValueError, match="expected factors of 14 layers, found a besides"):
+        gradient(replace(curvature, names=("a", *curvature.names[1:])))
+    with pytest.raises(ValueError, match=r"expected factors of down_blocks.*\(16, 6\), found .* \(16, 5\)"):
+        gradient(replace(curvature, eigenvalues=curvature.eigenvalues[:, :5]))
 
 
-def test_unlearning_raises_the_loss_of_the_query_itself(tiny, curvature):
-    gradient = query_gradient(tiny.denoiser, tiny.schedule, curvature, tiny.query, DRAWS)
-    moved = unlearn(tiny.denoiser, curvature, gradient, 1e-3, 24)
-    before, after = mean_losses([tiny.denoiser, moved], tiny.schedule, tiny.query, DRAWS)
-    assert after > before
+def test_unlearning_raises_the_loss_of_the_query_itself(tiny, factors):
+    losses = [mean_losses([tiny.denoiser], tiny.schedule, tiny.query, DRAWS)[0]]
+    for steps in (1, 3):
+        config = UnlearnConfig(step=1e-3, steps=steps, query_draws=2)
+        change = unlearn(tiny.denoiser, tiny.schedule, factors, tiny.query, config, 24)
+        losses.append(mean_losses([moved_model(tiny.denoiser, change)], tiny.schedule, tiny.query, DRAWS)[0])
+    assert losses[0] < losses[1] < losses[2]
+
+
+def slow_unlearn(tiny, curvature, steps, size):
+    """Autograd on the mean loss at the moved weights and F⁻¹ written out, a step at a time."""
+    model = copy.deepcopy(tiny.denoiser)
+    layers = select_layers(model)
+    start = {name: layer.weight.clone() for name, layer in layers.items()}
+    config = DrawConfig(draws=1)
+    for step in range(steps):
+        losses = []
+        for layer in layers.values():
+            layer.weight.requires_grad_(True)
+        for bin_index in range(10):
+            timesteps, noise = draw(config, "test", [0], step, bin_index, 0, (2, 4, 4))
+            noisy, target = tiny.schedule.noised(tiny.query.latents, noise.double(), timesteps)
+            losses.append(example_losses(model, noisy, target, timesteps, tiny.query.text)[0])
+        gradients = torch.autograd.grad(torch.stack(losses).mean(), [layer.weight for layer in layers.values()])
+        values = curvature.eigenvalues.split(curvature.sizes)
+        for layer, gradient, basis, s in zip(layers.values(), gradients, curvature.basis_out, values, strict=True):
+            inverse = 1 / (s + 0.1 * s.mean())
+            kron = torch.kron(basis, curvature.basis_in)
+            natural = kron @ (inverse.flatten() * (kron.mT @ gradient.flatten()))
+            layer.weight = nn.Parameter(layer.weight.detach() + size * natural.view_as(gradient))
+    return {name: layer.weight.detach() - start[name] for name, layer in layers.items()}
+
+
+def test_steps_follow_the_gradient_at_the_moved_weights(tiny, curvature, factors):
+    config = UnlearnConfig(step=5.0, steps=2, query_draws=1, images=10)
+    expected = slow_unlearn(tiny, curvature, 2, 0.5)
+    newton = replace(config, step=0.5, newton=True)
+    found, same, once = (
+        unlearn(tiny.denoiser, tiny.schedule, factors, tiny.query, c, 24)
+        for c in (config, newton, replace(config, steps=1))
+    )
+    for name, change in expected.items():
+        torch.testing.assert_close(found[name], change, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(same[name], found[name], rtol=1e-12, atol=0)
+        assert not torch.allclose(found[name], 2 * once[name], rtol=1e-3)
+
+
+def test_a_step_lost_in_the_weights_precision_is_noticed(tiny):
+    model = copy.deepcopy(tiny.denoiser).float()
+    small = {name: 1e-12 * layer.weight for name, layer in select_layers(model).items()}
+    assert still_weights(model, small) == 1
+    assert still_weights(model, {name: 1e11 * change for name, change in small.items()}) == 0
+
+
+def test_a_query_whose_loss_is_not_finite_is_named(tiny, factors):
+    broken = replace(tiny.query, latents=tiny.query.latents * torch.nan)
+    with pytest.raises(ValueError, match="test query 0: expected a finite loss"):
+        query_gradient(tiny.denoiser, tiny.schedule, factors, broken, DRAWS)
+
+
+@pytest.mark.parametrize("field", ["step", "steps", "query_draws", "images"])
+def test_unlearning_wants_positive_numbers(field):
+    with pytest.raises(ValueError, match=f"--{field}: expected a positive number, found 0"):
+        replace(UnlearnConfig(), **{field: 0})  # type: ignore[arg-type]
 
 
 def test_scores_do_not_depend_on_the_batch(tiny, curvature):
@@ -88,12 +164,10 @@ def test_scores_do_not_depend_on_the_batch(tiny, curvature):
 
 def test_normalised_terms_are_cosines_of_whitened_gradients(tiny, curvature):
     _, terms = amortised(tiny, curvature, curvature.eigenvalues.numel())
-    engine = GradientEngine(
-        tiny.denoiser, tiny.schedule, curvature, Sketch.of(curvature, curvature.eigenvalues.numel())
-    )
+    engine = MeanGradients(tiny.denoiser, tiny.schedule)
     for bin_index in range(DRAWS.bins):
         gradients = [
-            curvature.rotated_gradients(engine.output_gradients(examples, DRAWS, 0, bin_index), examples.text)
+            curvature.rotated_gradients(engine.of_bin(examples, DRAWS, 0, bin_index), examples.text)
             / curvature.damped().sqrt()
             for examples in (tiny.query, tiny.training)
         ]

@@ -131,7 +131,7 @@ def test_the_shipped_factors_are_those_of_the_shipped_model():
     layers = select_layers(build_denoiser(TESTBEDS["emoji"].diffusion))
     group = factors_on_disk.for_layers(layers).shared()
     assert group.names == tuple(layers)
-    with pytest.raises(ValueError, match="expected factors of 56 layers, found 14"):
+    with pytest.raises(ValueError, match=r"expected factors of .*attn1\.to_q, found none"):
         factors_on_disk.for_layers(select_layers(build_denoiser(TESTBEDS["emoji"].diffusion), "attn"))
 
 

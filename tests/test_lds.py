@@ -8,6 +8,7 @@ from scipy.stats import spearmanr
 
 from benchmark import lds
 from benchmark.retrain import Retraining, random_halves, without_creators
+from fastgda.metrics import bootstrap_interval
 
 
 @pytest.fixture
@@ -67,6 +68,6 @@ def test_equal_removals_share_a_model():
 
 def test_the_interval_holds_the_mean():
     values = np.random.default_rng(3).normal(0.3, 0.1, size=40)
-    low, high = lds.bootstrap(values)
+    low, high = bootstrap_interval(values)
     assert low < values.mean() < high
     assert 0.03 < high - low < 0.1

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import codecs
+import importlib
 import os
 import pickle
+import shutil
 import subprocess
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from fastgda.rankings import (
     main,
     popularity,
     save_rankings,
+    save_released,
     top,
 )
 
@@ -113,6 +117,11 @@ class Payload:
         Payload(codecs.open, "{marker}", "w"),
         Payload(np.save, "{marker}", 0),
         Payload(getattr, np, "save"),
+        Payload(__import__, "subprocess"),
+        Payload(exec, "open('{marker}', 'w')"),
+        Payload(importlib.import_module, "antigravity"),
+        Payload(shutil.copytree, ".", "{marker}"),
+        Payload(partial, os.mkdir, "{marker}"),
     ],
 )
 def test_hostile_pickle_runs_nothing(tmp_path, payload):
@@ -131,6 +140,34 @@ def test_hostile_pickle_runs_nothing(tmp_path, payload):
     with pytest.raises(ValueError, match=r"hostile\.pkl.*refused to load"):
         load_rankings(path, 1)
     assert not marker.exists() and not EXECUTED
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x04\x8c\x05numpy\x8c\x0dndarray.tofile\x93.",  # a dotted name below an allowed one
+        b"cnumpy\nndarray.tofile\n.",
+        b"\x80\x04\x8c\x08builtins\x8c\x04eval\x93\x8c\x011\x85R.",
+        b"ios\nsystem\n(S'true'\ntR.",
+        b"Pcommand\n.",  # an object that a server would look up
+        b"\x80\x02\x82\x01.",  # an entry of copyreg's extension registry
+        b"cnumpy\nndarray\n(L1000000000000000L\ntR.",  # petabytes
+        b"cnumpy\ndtype\n(S'no type'\ntR.",
+        b"\x80\x04\x95",
+    ],
+)
+def test_hostile_opcodes_are_one_clear_error(tmp_path, content):
+    path = tmp_path / "hostile.pkl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"hostile\.pkl: expected a pickle of numpy arrays and containers"):
+        load_rankings(path, 1)
+
+
+def test_an_array_of_objects_is_no_ranking(tmp_path):
+    path = tmp_path / "objects.pkl"
+    path.write_bytes(pickle.dumps({"random": {"rank": np.array([[{}, []]], dtype=object)}}))
+    with pytest.raises(ValueError, match=r"objects\.pkl: expected rank .* of integers, found object"):
+        load_rankings(path, 2)
 
 
 @pytest.mark.parametrize(
@@ -178,7 +215,19 @@ def test_damaged_or_missing_file(tmp_path, rng, name):
 def test_convert_command(tmp_path, capsys):
     source, target = tmp_path / "influence_train.pkl", tmp_path / "influence_train.npz"
     source.write_bytes(pickled(np.array([[2, 0], [1, 2]]), 4))
-    assert main([str(source), str(target), "--images", "3"]) == 0
+    assert main(["convert", str(source), str(target), "--images", "3"]) == 0
     assert load_rankings(target, 3).rank.tolist() == [[2, 0], [1, 2]]
-    assert main([str(source), str(target), "--images", "2"]) == 2
+    assert main(["convert", str(source), str(target), "--images", "2"]) == 2
     assert "training ids 0 to 1" in capsys.readouterr().err
+
+
+def test_released_pickle_round_trip(tmp_path, rng):
+    rank = np.argsort(rng.random((3, 20)), axis=1)
+    influence = rng.standard_normal((3, 20))
+    save_released(tmp_path / "influence_test.pkl", rank=rank, influence=influence)
+    assert np.array_equal(load_rankings(tmp_path / "influence_test.pkl", 20).rank, rank)
+    plain = pickle.loads((tmp_path / "influence_test.pkl").read_bytes())
+    assert plain.keys() == {"random"} and plain["random"].keys() == {"rank", "influence"}
+    assert np.array_equal(plain["random"]["influence"], influence)
+    with pytest.raises(ValueError, match=r"expected a name ending in \.pkl"):
+        save_released(tmp_path / "influence_test.npz", rank=rank)

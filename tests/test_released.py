@@ -10,16 +10,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from released_layout import FTYPE, ReleasedSize, write_released
+from released_layout import FTYPE, SMALL, ReleasedSize, write_released
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastgda.attributor import FeatureAttributor
 from fastgda.dataset import Split, hold_out, layout, load_images, load_split
+from fastgda.evaluation import Candidate, evaluate
+from fastgda.index import FlatIndex
+from fastgda.metrics import average_precision
 from fastgda.ranker import load_ranker
 from fastgda.rankings import Rankings, load_rankings, save_rankings
 from fastgda.recipes import TrainConfig
 from fastgda.trainer import Trainer
 
-SMALL = ReleasedSize(images=700, dim=12, train_queries=60, candidates=80, test_queries=9, hidden=3, width=16)
 TALL = ReleasedSize(images=20_000, dim=6, train_queries=400, candidates=50, test_queries=1, hidden=2, width=8)
 
 train = importlib.import_module("train")
@@ -40,6 +43,100 @@ def test_released_files_train_and_the_released_checkpoint_is_optimal(tmp_path):
     assert min(optimal["mAP"].values()) > 0.999 and optimal["spearman"] > 0.999
     assert max(ours["mAP"].values()) < 0.9
     assert load_ranker(checkpoints[1]).config == replace(load_ranker(checkpoints[0]).config, dropout=0.1)
+
+
+RELEASED_TRAINING = [
+    *["--mode", "coco", "--ftype", FTYPE, "--train_size", "50", "--val_start", "50", "--val_end", "60"],
+    *["--nn_cutoff", "60", "--prob_outlier", "0.2", "--random_seed", "1000", "--hidden_sizes", "16", "16", "16"],
+    *["--dropout", "0.1", "--out_feat_dim", "16", "--epochs", "1", "--batch_size", "500", "--lr", "0.001"],
+    *["--name", "coco_baseline", "--eval_after_train", "--topk_values", "40", "10"],
+]
+
+
+def test_the_released_commands_run_and_write_the_released_files(tmp_path, capsys):
+    """Flags of the released train.py and eval.py; a CSV of k, mAP (k), std_err with six decimals."""
+    write_released(tmp_path / "coco", SMALL)
+    places = ["--data_dir", str(tmp_path / "coco"), "--output_dir", str(tmp_path / "checkpoints")]
+    assert train.main([*RELEASED_TRAINING, *places, "--run_dir", str(tmp_path / "run")]) == 0
+    ours = tmp_path / "checkpoints" / "coco_baseline.pth"
+    config = json.loads(ours.with_name(ours.name + ".manifest.json").read_text())["config"]
+    assert (config["train_queries"], config["val_queries"], config["candidates"]) == (50, 10, 60)
+    assert (config["outlier_prob"], config["seed"], config["loss"], config["sampling"]) == (0.2, 1000, "bce", "pairs")
+    check_released_table(tmp_path / "coco", ours, tmp_path / "checkpoints" / "coco_baseline_eval.csv")
+
+    output = tmp_path / "results" / "eval.csv"
+    command = ["--mode", "coco", "--data_dir", str(tmp_path / "coco"), "--topk_values", "10", "40"]
+    architecture = ["--hidden_sizes", "16", "16", "16", "--dropout", "0.1", "--out_feat_dim", "16"]
+    assert evaluation.main([*command, "--checkpoint", str(ours), "--output", str(output), *architecture]) == 0
+    check_released_table(tmp_path / "coco", ours, output)
+    assert "popularity" in output.with_name("eval_methods.csv").read_text()
+    for wrong in (["--hidden_sizes", "16"], ["--out_feat_dim", "8"], ["--input_norm"]):
+        assert evaluation.main([*command, "--checkpoint", str(ours), *wrong]) == 2
+        assert f"coco_baseline.pth: expected {wrong[0]}" in capsys.readouterr().err
+
+
+def check_released_table(data, checkpoint, table) -> None:
+    """The CSV against a plain computation."""
+    paths, ranker = layout("coco", FTYPE, data), load_ranker(checkpoint)
+    images = load_images(paths)
+    test = load_split(paths, "test", images)
+    scores = (ranker.embed_queries(test.features) @ ranker.embed(images).T).numpy()
+    lines = ["k,mAP (k),std_err"]
+    for level in (10, 40):
+        values = average_precision(scores, test.rankings.rank, [level])[:, 0]
+        error = np.sqrt(np.mean((values - values.mean()) ** 2) / len(values))
+        lines.append(f"{level},{values.mean():.6f},{error:.6f}")
+    assert table.read_text().split() == "\n".join(lines).split()
+
+
+def test_coco_has_the_released_defaults(tmp_path, capsys):
+    args = train.parser_for("paper", "coco").parse_args([])
+    assert (args.ftype, args.output_dir.name, args.wandb_project) == (FTYPE, "checkpoints", "fastgda")
+    assert train.validation_rows(args) == (4900, 5000)
+    write_released(tmp_path, SMALL)
+    for more, message in (
+        ([], "expected 0 < start < end <= the 60 queries, found 4900, 5000"),
+        (["--val_start", "50", "--val_end", "60", "--train_size", "51"], "expected 1..50 training queries, found 51"),
+        (["--val_start", "50", "--val_end", "60", "--nn_cutoff", "81"], "--nn_cutoff: expected 1..80 candidates"),
+        (["--val_start", "50", "--val_end", "50"], "found 50, 50"),
+        (["--output", str(tmp_path / "x.pth")], "--name: expected it without --output"),
+    ):
+        assert train.main(["--mode", "coco", "--name", "x", "--data_dir", str(tmp_path), *more]) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_either_sign_of_scale_ranks_alike_everywhere(tmp_path, sign):
+    """A legacy checkpoint, state dict only: evaluation, FAISS index and the demo's search order images by the rank."""
+    write_released(tmp_path, SMALL)
+    path = tmp_path / "weights" / f"{FTYPE}.pth"
+    state = dict(torch.load(path, weights_only=True))
+    state["scale"] = torch.tensor([sign * 5.0])
+    torch.save(state, path)
+    paths, ranker = layout("coco", FTYPE, tmp_path), load_ranker(path)
+    images = load_images(paths)
+    test = load_split(paths, "test", images)
+    with torch.no_grad():
+        left, right = (
+            torch.nn.functional.normalize(ranker.mlp(torch.from_numpy(rows)), dim=1) for rows in (test.features, images)
+        )
+        # the logit of pi orders the images as pi does
+        modelled = state["scale"].double() * (left @ right.T) + state["bias"]
+    truth = torch.argsort(modelled, dim=1)[:, :20].numpy()
+
+    document = evaluate([Candidate(FTYPE, paths, (path,))], "test", (10,))
+    found = next(row for row in document["rows"] if row["method"] == "tuned")["mAP"]["10"]
+    expected = average_precision(-modelled.numpy(), test.rankings.rank, [10]).mean()
+    assert found == pytest.approx(expected, rel=1e-3) and (found > 0.99) == (sign < 0)
+
+    index = FlatIndex.build(ranker.embed(images).numpy(), np.arange(len(images)))
+    searched = index.search(ranker.embed_queries(test.features).numpy(), 20).ids
+    attributor = FeatureAttributor.build(images, ranker)
+    attributed = np.array([attributor.attribute(query, 20).ids for query in test.features])
+    scores = modelled.numpy()
+    for order in (searched, attributed):
+        ranks = np.take_along_axis(scores, order, axis=1)
+        np.testing.assert_allclose(ranks, np.take_along_axis(scores, truth, axis=1), atol=1e-5)
 
 
 class Largest(TorchDispatchMode):

@@ -45,7 +45,9 @@ def test_sweep_is_resumed_run_by_run(tmp_path, capsys, monkeypatch):
     write_planted(tmp_path / "data")
     command = arguments(tmp_path, "--studies", "features", "losses", "outliers", "--seeds", "1")
     assert sweep.main([*command, "--dry_run"]) == 0
-    assert capsys.readouterr().out.count("to do") == 11 and not (tmp_path / "out").exists()
+    listed = capsys.readouterr().out
+    assert (listed.count("to do, about"), listed.count("as before")) == (9, 2) and "total: about" in listed
+    assert not (tmp_path / "out").exists() and not (tmp_path / "runs").exists()
 
     trained: list[Path] = []
     build = sweep.Trainer
@@ -71,6 +73,8 @@ def test_sweep_is_resumed_run_by_run(tmp_path, capsys, monkeypatch):
     outliers = json.loads((tmp_path / "out/outliers.json").read_text())["runs"]
     assert feature["mAP"] == losses["runs"][4]["mAP"] == next(run for run in outliers if run["x"] == 0.5)["mAP"]
     assert len(list((tmp_path / "runs").iterdir())) == 9  # the base is a run of three studies
+    assert losses["changed_from_the_best_recipe"]["hidden_sizes"] == [] and losses["seeds"] == 1
+    assert all(run["seconds"] > 0 for run in losses["runs"])
     figures = {path.name for path in (tmp_path / "out").glob("*.png")}
     assert figures == {"figure3_features.png", "figure4_losses.png"}
 
@@ -85,6 +89,11 @@ def test_untuned_is_the_cosine_of_the_features(tmp_path):
     ]
     expected = average_precision(np.array(cosine), test.rankings.rank[:3], LEVELS)
     np.testing.assert_allclose(data.untuned.precision[:3], expected, rtol=1e-3)
+
+
+def test_reduced_is_a_base_that_flags_still_change():
+    args = sweep.parser(sweep.REDUCED).parse_args(["--epochs", "3"])
+    assert (args.epochs, args.image_block, args.hidden_sizes, args.loss) == (3, 512, (384,), "listwise")
 
 
 def test_unknown_data_is_one_clear_line(tmp_path, capsys):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmark import tables
+from fastgda.core import ROOT
 
 REPORT = {
     "queries": 3,
@@ -52,3 +53,8 @@ def test_only_what_is_between_the_markers_changes():
     assert tables.with_results(text, "new") == "a\n<!-- results -->\nnew\n<!-- /results -->\nb\n"
     with pytest.raises(ValueError, match="markers"):
         tables.with_results("nothing", "new")
+
+
+def test_the_readme_holds_the_tables_of_results():
+    readme = (ROOT / "README.md").read_text()
+    assert tables.with_results(readme, tables.results_block(ROOT / "results")) == readme

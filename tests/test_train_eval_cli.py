@@ -142,6 +142,14 @@ def test_untuned_comparison_of_feature_types(world, capsys, rng):
     assert "teacher's reliability" not in capsys.readouterr().out
 
 
+def test_table_without_the_baseline(world, capsys):
+    assert train.main(train_arguments(world, "--epochs", "1")) == 0
+    capsys.readouterr()
+    assert evaluation.main(eval_arguments(world, "--checkpoint", str(world / "r.pth"), "--no-baseline")) == 0
+    printed = capsys.readouterr().out
+    assert "untuned" not in printed and "\ntuned" in printed
+
+
 def test_held_out_queries_and_train_size(world):
     (world / "data/influence_val.npz").unlink()
     options = ("--val_queries", "30", "--train_size", "40", "--epochs", "1", "--val_every", "1")
@@ -178,7 +186,13 @@ FEATURES, RANKS = "data/feats/planted", "data/influence_train.npz"
     ("damage", "expected"),
     [
         (lambda w: (w / FEATURES / "data_feats.npy").unlink(), "data_feats.npy: expected a file, found nothing"),
-        (lambda w: overwrite(w / FEATURES / "data_feats.npy", with_nan), "first in row 7"),
+        (lambda w: overwrite(w / FEATURES / "data_feats.npy", with_nan), "NaN or infinity in 1 rows: 7"),
+        (
+            lambda w: overwrite(w / FEATURES / "val_query_feats.npy", lambda a: np.where(a == a, np.inf, a)),
+            "val_query_feats.npy: expected finite numbers, found NaN or infinity in 20 rows: 0, 1, 2, 3",
+        ),
+        (lambda w: overwrite(w / FEATURES / "train_query_feats.npy", lambda a: a[:0]), "rows of float features"),
+        (lambda w: overwrite(w / FEATURES / "val_query_feats.npy", lambda a: a[:0]), "rows of float features"),
         (lambda w: overwrite(w / FEATURES / "data_feats.npy", lambda a: a[:-5]), "training ids 0 to 594"),
         (
             lambda w: overwrite(w / FEATURES / "train_query_feats.npy", lambda a: a[:-5]),

@@ -1,0 +1,222 @@
+"""What stands between the network and the page: /health, limits on requests, the log, and an orderly end.
+
+An ASGI middleware. A request that asks for work is read whole, within its limits of size and time, before anything
+behind sees it. What is logged is one JSON object a line: times, addresses, statuses and sizes, never a prompt, a
+picture or a query string.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import threading
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
+from typing import Any
+
+from serving.limits import Limits, Rate
+
+LOG = logging.getLogger("serving")
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+API = "/gradio_api/"
+HEARTBEAT = f"{API}heartbeat"
+"""Open for as long as a page is; not waited for at the end."""
+
+
+class Refused(Exception):
+    """A request that is answered with an error at once."""
+
+    def __init__(self, status: int, reason: str, retry: float = 0.0) -> None:
+        super().__init__(reason)
+        self.status = status
+        self.retry = retry
+
+
+class Service:
+    """What the running server is doing, and whether it should end."""
+
+    def __init__(self, limits: Limits, facts: dict[str, Any]) -> None:
+        """`facts` is what /health tells besides."""
+        self.limits = limits
+        self.facts = facts
+        self.rate = Rate(limits.requests_per_minute)
+        self.stopping = threading.Event()
+        self._started = time.monotonic()
+        self._under_way = 0
+        self._done = 0
+        self._lock = threading.Lock()
+
+    def begin(self) -> None:
+        """One more request under way."""
+        with self._lock:
+            self._under_way += 1
+
+    def end(self) -> None:
+        """One less."""
+        with self._lock:
+            self._under_way -= 1
+            self._done += 1
+
+    @property
+    def under_way(self) -> int:
+        """Requests that have not been answered."""
+        return self._under_way
+
+    def health(self) -> dict[str, Any]:
+        """The answer of /health."""
+        status = "stopping" if self.stopping.is_set() else "ok"
+        seconds = round(time.monotonic() - self._started, 1)
+        return {"status": status, "seconds": seconds, "under_way": self._under_way, "served": self._done, **self.facts}
+
+    def finish(self, quiet: float = 0.5, step: float = 0.05) -> bool:
+        """Refuses new work and waits until nothing was under way for `quiet` seconds; whether that came in time."""
+        self.stopping.set()
+        end, idle = time.monotonic() + self.limits.grace_s, 0.0
+        while time.monotonic() < end:
+            idle = 0.0 if self._under_way else idle + step
+            if idle >= quiet:
+                return True
+            time.sleep(step)
+        return False
+
+
+class Guard:
+    """The middleware."""
+
+    def __init__(self, app: App, service: Service) -> None:
+        self.app = app
+        self.service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        start, answer = time.perf_counter(), {"status": 0, "bytes": 0}
+
+        async def noted(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                answer["status"] = message["status"]
+            else:
+                answer["bytes"] += len(message.get("body", b""))
+            await send(message)
+
+        waited_for = not scope["path"].startswith(HEARTBEAT)
+        if waited_for:
+            self.service.begin()
+        try:
+            await self._serve(scope, receive, noted)
+        except Refused as refused:
+            headers = {"retry-after": str(1 + int(refused.retry))} if refused.retry else {}
+            await reply(noted, refused.status, {"error": str(refused)}, headers)
+        finally:
+            if waited_for:
+                self.service.end()
+            log(
+                "request",
+                client=client_of(scope),
+                method=scope["method"],
+                path=scope["path"][:200],
+                seconds=round(time.perf_counter() - start, 4),
+                **answer,
+            )
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        service = self.service
+        if scope["path"] == "/health":
+            health = service.health()
+            await reply(send, 200 if health["status"] == "ok" else 503, health)
+            return
+        if scope["method"] in ("GET", "HEAD", "OPTIONS"):
+            await self.app(scope, receive, send)
+            return
+        if service.stopping.is_set():
+            raise Refused(503, "The server is stopping.", 5)
+        if wait := service.rate.wait(client_of(scope)):
+            raise Refused(429, f"Too many requests: at most {service.limits.requests_per_minute} a minute.", wait)
+        body = await self._read(scope, receive)
+        if dict(scope["headers"]).get(b"content-type", b"").startswith(b"application/json"):
+            check_files(body)
+        given = iter([{"type": "http.request", "body": body, "more_body": False}])
+
+        async def replay() -> MutableMapping[str, Any]:
+            return next(given, None) or await receive()
+
+        await self.app(scope, replay, send)
+
+    async def _read(self, scope: Scope, receive: Receive) -> bytes:
+        """The whole body; `Refused` if it is too long, announced or not, or does not arrive in time."""
+        limits, parts, size = self.service.limits, [], 0
+        too_long = Refused(413, f"Expected at most {limits.upload_mb:g} MB.")
+        announced = dict(scope["headers"]).get(b"content-length", b"0")
+        if not announced.isdigit() or int(announced) > limits.largest:
+            await self._discard(receive)
+            raise too_long
+        try:
+            async with asyncio.timeout(limits.timeout_s):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise Refused(400, "The request ended early.")
+                    size += len(message.get("body", b""))
+                    if size > limits.largest:
+                        if message.get("more_body"):
+                            await self._discard(receive)
+                        raise too_long
+                    parts.append(message.get("body", b""))
+                    if not message.get("more_body"):
+                        return b"".join(parts)
+        except TimeoutError:
+            raise Refused(408, f"The request did not arrive within {limits.timeout_s:g} seconds.") from None
+
+    async def _discard(self, receive: Receive) -> None:
+        """Reads on, up to twice the limit: a client that is still sending would see a broken pipe and no answer."""
+        left = 2 * self.service.limits.largest
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self.service.limits.timeout_s):
+                while left > 0:
+                    message = await receive()
+                    left -= len(message.get("body", b""))
+                    if not message.get("more_body"):
+                        return
+
+
+def check_files(body: bytes) -> None:
+    """`Refused` if the body is no JSON, or names a file by an address that the server would have to fetch."""
+    try:
+        waiting = [json.loads(body or b"null")]
+    except (ValueError, RecursionError):
+        raise Refused(400, "Expected JSON.") from None
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, list):
+            waiting += value
+        elif isinstance(value, dict):
+            if "://" in str(value.get("path", "")):
+                raise Refused(400, "Expected an uploaded file, found an address.")
+            waiting += value.values()
+
+
+async def reply(send: Send, status: int, content: dict[str, Any], headers: dict[str, str] | None = None) -> None:
+    """A whole JSON response."""
+    body = json.dumps(content).encode()
+    listed = {"content-type": "application/json", "content-length": str(len(body)), **(headers or {})}
+    pairs = [(name.encode(), value.encode()) for name, value in listed.items()]
+    await send({"type": "http.response.start", "status": status, "headers": pairs})
+    await send({"type": "http.response.body", "body": body})
+
+
+def client_of(scope: Scope) -> str:
+    """The address that a request comes from. What a proxy says of others is not believed."""
+    return scope["client"][0] if scope.get("client") else "unknown"
+
+
+def log(event: str, **fields: Any) -> None:
+    """One line of the log."""
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    LOG.info(json.dumps({"time": now, "event": event, **fields}))

@@ -1,0 +1,375 @@
+"""The page and its HTTP API; the only importer of gradio.
+
+The page shows a stored query, a picture generated here or an uploaded one. Its address (?query=3, ?prompt=...&seed=7)
+leads back to the same answer. For programs there are /attribute, /generate and /query, which give JSON:
+
+    from gradio_client import Client
+    Client("http://127.0.0.1:7860").predict(base64_of_the_file, "red heart, noto style", 10, api_name="/attribute")
+
+Pictures come in as base64 text: no call names a file or an address that the server would open.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlencode
+
+import numpy as np
+from PIL import Image
+
+from fastgda.attributor import Attribution
+from serving import html
+from serving.answer import Answer, document
+from serving.guard import Guard, Service, log
+from serving.limits import from_base64
+from serving.world import World
+
+if TYPE_CHECKING:
+    import gradio as gr
+
+FONTS = ("system-ui", "-apple-system", "Segoe UI", "sans-serif")
+KEPT_SECONDS = 600
+"""Uploaded files are deleted after this time."""
+THREADS = 4
+"""Requests answered at the same time."""
+FOLLOW = """(html) => {
+  const link = new DOMParser().parseFromString(html || '', 'text/html').querySelector('a');
+  history.replaceState(null, '', link ? link.getAttribute('href') : location.pathname);
+}"""
+"""Puts the permalink into the address bar."""
+Shown = tuple[str, str, str, str, str, str, str]
+"""HTML of (message, picture, permalink, shares, tuned gallery, untuned gallery, teacher's gallery)."""
+
+
+def gallery(world: World, found: Attribution, teacher: np.ndarray | None, distances: np.ndarray) -> str:
+    """The first training images found; `teacher` is the query's ranking, absent for a picture of the visitor's."""
+    figures = []
+    place = {} if teacher is None else {int(image): rank for rank, image in enumerate(teacher, 1)}
+    for position, image in enumerate(found.ids[: world.topk].tolist()):
+        notes = [*credits(world, image), f"score {found.scores[position]:.3f}", f"distance {distances[position]:.3f}"]
+        if image in place:
+            notes.append(f"teacher's rank {place[image]:,}")
+        agreed = place.get(image, world.level + 1) <= world.level
+        figures.append(html.card(picture_of(world, image), world.images.caption(image), notes, agreed))
+    return html.gallery(figures)
+
+
+def credits(world: World, image: int) -> list[str]:
+    """Whose a training image is, or what its dataset calls it."""
+    known = world.known[image]
+    if known.get("creator"):
+        return [f"by {known['creator']}"]
+    return [f"image {known['key']}"] if "key" in known else []
+
+
+def picture_of(world: World, image: int) -> Image.Image | None:
+    """A training image; `None` if it cannot be read: features and captions are enough to answer."""
+    try:
+        return world.images.image(image)
+    except ValueError:
+        return None
+
+
+def teachers_cards(world: World, ranking: np.ndarray) -> list[str]:
+    """The first training images of the teacher's ranking."""
+    cards = []
+    for rank, image in enumerate(ranking[: world.topk].tolist(), 1):
+        notes = [*credits(world, image), f"teacher's rank {rank:,}"]
+        cards.append(html.card(picture_of(world, image), world.images.caption(image), notes))
+    return cards
+
+
+def timings(answer: Answer) -> str:
+    """Milliseconds, the whole and its parts."""
+    parts = answer.seconds
+    listed = ", ".join(f"{name} {1000 * value:.1f}" for name, value in parts.items())
+    return f"{1000 * sum(parts.values()):.1f} ms: {listed}"
+
+
+def shown(world: World, answer: Answer) -> Shown:
+    """An answer as the page shows it."""
+    assert answer.untuned is not None and answer.distances is not None
+    line = f"{timings(answer)}, among {len(world.images):,} training images."
+    untuned_distances = np.maximum(1 - answer.untuned.scores, 0)
+    line += (
+        f" The nearest training image is at cosine distance {untuned_distances[0]:.3f}; "
+        f"training images are usually {world.typical_distance:.3f} from their nearest other."
+    )
+    ranking, truth = None, html.message("The teacher has scored stored queries only.")
+    if answer.query is not None:
+        ranking = world.teacher.rank[answer.query]
+        found = (answer.tuned.ids[: world.topk], answer.untuned.ids[: world.topk])
+        agree = [int(np.isin(ids, ranking[: world.level]).sum()) for ids in found]
+        line += (
+            f" Of the {world.topk} shown, {agree[0]} (tuned) and {agree[1]} (untuned) are in the teacher's "
+            f"top {world.level} (framed)."
+        )
+        truth = html.gallery(teachers_cards(world, ranking))
+    origin, link = "your picture", ""
+    if answer.query is not None:
+        origin, link = f"test query {answer.query}", urlencode({"query": answer.query})
+    elif answer.seed is not None:
+        origin, link = f"generated from seed {answer.seed}", urlencode({"prompt": answer.prompt, "seed": answer.seed})
+    shares = html.message("No shares: the teacher's scores of validation queries are missing.")
+    if world.credit is not None:
+        shares = html.message("No training image among the first has positive influence.")
+    if not world.has_creators:
+        shares = ""
+    elif answer.shares and world.credit is not None:
+        shares = html.chart(answer.shares, answer.truth, min(world.credit.depth, len(world.images)))
+    return (
+        html.message(line),
+        f'<div class="query">{html.card(answer.image, answer.prompt, [origin])}</div>',
+        html.permalink(link) if link else "",
+        shares,
+        gallery(world, answer.tuned, ranking, answer.distances),
+        gallery(world, answer.untuned, ranking, untuned_distances),
+        truth,
+    )
+
+
+def failed(error: ValueError) -> Shown:
+    """A visitor's mistake as the page shows it."""
+    return (html.message(str(error), error=True), "", "", "", "", "", "")
+
+
+def logged(name: str, work: Callable[[], Answer]) -> Answer:
+    """Does the work and logs how long it took, or that it was a mistake."""
+    start = time.perf_counter()
+    try:
+        answer = work()
+    except ValueError:
+        log(name, seconds=round(time.perf_counter() - start, 4), refused=True)
+        raise
+    log(name, **{part: round(value, 4) for part, value in answer.seconds.items()})
+    return answer
+
+
+def show_query(world: World, query: int) -> Shown:
+    """What the page shows for a stored query."""
+    return shown(world, logged("query", lambda: world.stored(query, world.topk)))
+
+
+def show_upload(world: World, path: str | None, prompt: str | None) -> Shown:
+    """What the page shows for an uploaded file and its prompt; a mistake becomes a message."""
+
+    def work() -> Answer:
+        if path is None:
+            raise ValueError("Choose a picture first.")
+        words = world.limits.checked_prompt(prompt)
+        image = world.limits.picture(Path(path).read_bytes(), Path(path).name)
+        return world.answer(image, words, world.topk)
+
+    try:
+        return shown(world, logged("upload", work))
+    except ValueError as error:
+        return failed(error)
+
+
+def show_generated(world: World, prompt: str | None, seed: float | None) -> Shown:
+    """What the page shows for a picture generated from a prompt and a seed."""
+    try:
+        return shown(world, logged("generate", lambda: world.generated(prompt, seed, world.topk)))
+    except ValueError as error:
+        return failed(error)
+
+
+def show_address(world: World, parameters: Mapping[str, str]) -> tuple[str, int, str, int, Shown]:
+    """(tab, stored query, prompt, seed, what is shown) for the parameters of a permalink; query 0 without any."""
+    if "prompt" in parameters:
+        prompt, seed = parameters["prompt"], number_of(parameters.get("seed", "0"))
+        kept, tab = prompt[: world.limits.prompt_characters], "stored" if world.painter is None else "generate"
+        return tab, 0, kept, max(0, seed), show_generated(world, prompt, seed)
+    try:
+        query = number_of(parameters.get("query", "0"))
+        return "stored", query, "", 0, show_query(world, query)
+    except ValueError as error:
+        return "stored", 0, "", 0, failed(error)
+
+
+def number_of(text: str) -> int:
+    """The number that the digits `text` spell; -1, which is out of every range, for other text."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else -1
+
+
+class Api:
+    """The functions behind the HTTP API. Mistakes are `ValueError`s."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+
+    def attribute(self, image: str, prompt: str, k: int) -> dict:
+        """The k training images that most influenced a picture, given as the base64 text of its file."""
+
+        def work() -> Answer:
+            limits = self.world.limits
+            count, words = limits.checked_k(k, len(self.world.images)), limits.checked_prompt(prompt)
+            return self.world.answer(limits.picture(from_base64(image), "image"), words, count)
+
+        return self._told(logged("attribute", work), k)
+
+    def generate(self, prompt: str, seed: int, k: int) -> dict:
+        """Generates a picture from a prompt and a seed; the picture as base64 PNG and what influenced it."""
+        count = self.world.limits.checked_k(k, len(self.world.images))
+        answer = logged("generate", lambda: self.world.generated(prompt, seed, count))
+        out = BytesIO()
+        answer.image.save(out, "PNG")
+        return self._told(answer, k) | {"image": base64.b64encode(out.getvalue()).decode()}
+
+    def query(self, query: int, k: int) -> dict:
+        """The training images that most influenced a stored query, and the teacher's shares."""
+        count = self.world.limits.checked_k(k, len(self.world.images))
+        return self._told(logged("query", lambda: self.world.stored(query, count)), k)
+
+    def _told(self, answer: Answer, k: int) -> dict:
+        return document(answer, self.world.how, int(k), self.world.credit)
+
+
+def build_app(world: World) -> gr.Blocks:
+    """The page; `ValueError` naming the extra if gradio is not installed."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    try:
+        import gradio as gr
+    except ImportError:
+        raise ValueError("gradio is not installed; pip install 'fastgda[demo]'") from None
+
+    api = Api(world)
+
+    def told(work: Callable[[], dict]) -> dict:
+        try:
+            return work()
+        except ValueError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    def attribute(image: str, prompt: str, k: int = 10) -> dict:
+        return told(lambda: api.attribute(image, prompt, k))
+
+    def generate(prompt: str, seed: int = 0, k: int = 10) -> dict:
+        return told(lambda: api.generate(prompt, seed, k))
+
+    def query_api(query: int, k: int = 10) -> dict:
+        return told(lambda: api.query(query, k))
+
+    example = world.queries.caption(0)
+    prompts = [(f"{row}: {world.queries.caption(row)}", row) for row in range(len(world.queries))]
+    with gr.Blocks(
+        title="FastGDA", analytics_enabled=False, fill_width=True, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)
+    ) as app:
+        gr.Markdown("# FastGDA\nWhich training images made this picture? Most influential first.")
+        with gr.Row():
+            with gr.Column(scale=2, min_width=300):
+                with gr.Tabs() as tabs:
+                    with gr.Tab("Stored", id="stored"):
+                        query = gr.Dropdown(prompts, value=0, label="Prompt", elem_id="stored")
+                    with gr.Tab("Generate", id="generate", visible=world.painter is not None):
+                        new = gr.Textbox(label="What to draw", placeholder=example, elem_id="new")
+                        seed = gr.Number(value=0, precision=0, minimum=0, label="Seed", elem_id="seed")
+                        draw = gr.Button("Generate and find its sources", variant="primary", elem_id="draw")
+                    with gr.Tab("Upload", id="upload"):
+                        upload = gr.File(label="Picture, at most 50 megapixels", height=140, elem_id="upload")
+                        prompt = gr.Textbox(label="Its prompt", placeholder=example, elem_id="prompt")
+                        submit = gr.Button("Find its sources", variant="primary", elem_id="submit")
+                picture = gr.HTML(elem_id="query")
+                link = gr.HTML(elem_id="link")
+            with gr.Column(scale=6, min_width=300):
+                status = gr.HTML(elem_id="status")
+                gr.Markdown("### Shares by creator", visible=world.has_creators)
+                shares = gr.HTML(elem_id="shares", visible=world.has_creators)
+                with gr.Row():
+                    with gr.Column(min_width=260):
+                        gr.Markdown("### Tuned: learned from the teacher")
+                        tuned = gr.HTML(elem_id="tuned")
+                    with gr.Column(min_width=260):
+                        gr.Markdown("### Untuned: nearest features")
+                        untuned = gr.HTML(elem_id="untuned")
+                    with gr.Column(min_width=260):
+                        gr.Markdown("### Teacher: slow reference")
+                        teacher = gr.HTML(elem_id="teacher")
+        outputs = [status, picture, link, shares, tuned, untuned, teacher]
+
+        def opened(request: gr.Request) -> tuple:
+            tab, number, words, start, found = show_address(world, dict(request.query_params))
+            return gr.Tabs(selected=tab), number, words, start, *found
+
+        # gradio tells by the annotation that it should pass the request, and cannot resolve the name of a late import
+        opened.__annotations__["request"] = gr.Request
+        # one queue for all, so that the machine's cores are shared by few requests at a time
+        options: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": THREADS, "concurrency_id": "work"}
+        events = [
+            app.load(opened, None, [tabs, query, new, seed, *outputs], **options),
+            query.input(lambda row: show_query(world, row), query, outputs, **options),
+            gr.on(
+                [draw.click, new.submit],
+                lambda words, start: show_generated(world, words, start),
+                [new, seed],
+                outputs,
+                **options,
+            ),
+            gr.on(
+                [submit.click, prompt.submit],
+                lambda path, words: show_upload(world, path, words),
+                [upload, prompt],
+                outputs,
+                **options,
+            ),
+        ]
+        for event in events:
+            event.then(None, link, None, js=FOLLOW, api_visibility="private")
+        work: dict[str, Any] = {"concurrency_limit": THREADS, "concurrency_id": "work"}
+        gr.api(attribute, api_name="attribute", api_description=Api.attribute.__doc__, **work)
+        gr.api(generate, api_name="generate", api_description=Api.generate.__doc__, **work)
+        gr.api(query_api, api_name="query", api_description=Api.query.__doc__, **work)
+    return app
+
+
+def launch(app: gr.Blocks, service: Service, host: str, port: int) -> str:
+    """Starts serving in the background and returns the address; `OSError` if the port is taken."""
+    import gradio as gr
+    from starlette.middleware import Middleware
+
+    theme = gr.themes.Default(font=list(FONTS), font_mono=["ui-monospace", "monospace"])
+    app.queue(max_size=service.limits.queue_length)
+    _, url, _ = app.launch(
+        server_name=host,
+        server_port=port,
+        theme=theme,
+        css=html.CSS,
+        share=False,
+        quiet=True,
+        ssr_mode=False,
+        footer_links=[],
+        run_history=False,
+        max_file_size=service.limits.largest,
+        prevent_thread_lock=True,
+        app_kwargs={"middleware": [Middleware(Guard, service=service)]},
+    )
+    return url
+
+
+@contextmanager
+def signals() -> Iterator[threading.Event]:
+    """An event that SIGTERM and Ctrl-C set, instead of ending the process."""
+    stop = threading.Event()
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def finish(app: gr.Blocks, service: Service) -> bool:
+    """Takes no new work, finishes what is under way and closes; whether all of it was finished in time."""
+    finished = service.finish()
+    app.close(verbose=False)
+    log("stopped", finished=finished)
+    return finished

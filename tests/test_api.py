@@ -1,0 +1,166 @@
+"""The HTTP API of a running server: answers, mistakes, concurrency, and what it must never give away."""
+
+from __future__ import annotations
+
+import base64
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import gradio_client
+import pytest
+from demo_world import IMAGES, QUERIES, load, served, write_world
+from PIL import Image
+from small_world import COLOURS, SHAPES, draw, png
+
+from serving.limits import Limits
+from serving.world import World
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = write_world(tmp_path_factory.mktemp("world") / "emoji")
+    return load(folder, Limits(upload_mb=2, requests_per_minute=10_000))
+
+
+@pytest.fixture(scope="module")
+def url(world: World) -> Iterator[str]:
+    with served(world) as (address, _):
+        yield address
+
+
+def get(url: str) -> tuple[int, str]:
+    """(status, text) of a page."""
+    try:
+        with urllib.request.urlopen(url) as reply:
+            return reply.status, reply.read().decode(errors="replace")
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode(errors="replace")
+
+
+def post(url: str, content: Any) -> Any:
+    """The JSON answer to JSON."""
+    body = json.dumps(content).encode()
+    request = urllib.request.Request(url, body, {"content-type": "application/json"})
+    with urllib.request.urlopen(request) as reply:
+        return json.load(reply)
+
+
+def call(url: str, name: str, *data: Any) -> tuple[str, Any]:
+    """(event, data) of one call, in two requests as with curl."""
+    event = post(f"{url}/gradio_api/call/{name}", {"data": list(data)})["event_id"]
+    status, text = get(f"{url}/gradio_api/call/{name}/{event}")
+    assert status == 200
+    lines = [line.partition(": ")[2] for line in text.strip().splitlines() if line]
+    return lines[-2], json.loads(lines[-1])
+
+
+def as_text(picture: Image.Image) -> str:
+    return base64.b64encode(png(picture)).decode()
+
+
+def test_attribute_answers_what_the_world_does(url: str, world: World) -> None:
+    picture, prompt = draw("orange", "triangle", "outline"), "orange triangle, outline style"
+    event, (told,) = call(url, "attribute", as_text(picture), prompt, 5)
+    expected: Any = world.answer(picture, prompt, 5)
+    assert event == "complete"
+    assert [entry["id"] for entry in told["images"]] == expected.tuned.ids[:5].tolist()
+    assert [entry["id"] for entry in told["untuned"]] == expected.untuned.ids.tolist()
+    assert told["images"][0]["licence"] == "CC0-1.0" and "path" not in told["images"][0]
+    assert told["images"][0]["distance"] == pytest.approx(float(expected.distances[0]), abs=1e-5)
+    assert [share["share"] for share in told["shares"]] == pytest.approx([s.share for s in expected.shares])
+    assert {"encode", "embed", "search", "metadata"} == told["milliseconds"].keys() and told["query"] is None
+    assert told["method"]["training_images"] == IMAGES and len(told["caveats"]) == 3
+
+
+def test_python_client_generates_and_asks_for_stored_queries(url: str, world: World) -> None:
+    client = gradio_client.Client(url, verbose=False)
+    told = client.predict("a heart", 7, 3, api_name="/generate")
+    expected = world.generated("a heart", 7, 3)
+    picture = Image.open(BytesIO(base64.b64decode(told["image"])))
+    assert picture.tobytes() == expected.image.tobytes() and told["seed"] == 7
+    assert [entry["id"] for entry in told["images"]] == expected.tuned.ids[:3].tolist()
+    stored = client.predict(2, 4, api_name="/query")
+    assert stored["query"] == 2 and stored["teacher_shares"] == pytest.approx(world.stored(2, 4).truth)
+    with pytest.raises(ValueError):
+        client.predict("x", api_name="/lambda")
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "complaint"),
+    [
+        ("attribute", (as_text(draw("red", "circle", "flat")), "x" * 100_000, 5), "at most 1,000 characters"),
+        ("attribute", (as_text(draw("red", "circle", "flat")), "x", 0), "k: expected a whole number from 1 to 36"),
+        ("attribute", (as_text(draw("red", "circle", "flat")), "x", IMAGES + 1), "k: expected"),
+        ("attribute", ("/etc/passwd", "x", 5), "expected the picture's file as base64"),
+        ("attribute", (base64.b64encode(b"no picture").decode(), "x", 5), "image: expected an image"),
+        ("attribute", (None, "x", 5), "expected the picture's file as base64"),
+        ("generate", ("a heart", -1, 5), "seed: expected"),
+        ("generate", ("", 1, 5), "Type the prompt"),
+        ("query", (QUERIES, 5), "query: expected a number from 0 to 3"),
+        ("query", (1.5, 5), "query: expected a number from 0 to 3"),
+        ("generate", ([1], 1, 5), "prompt: expected text"),
+        ("generate", ("a heart", "x" * 10_000, 5), "seed: expected"),
+    ],
+)
+def test_mistakes_are_told(url: str, name: str, data: tuple, complaint: str) -> None:
+    event, told = call(url, name, *data)
+    assert event == "error" and complaint in json.dumps(told)
+
+
+def test_answers_are_never_mixed_up(url: str, world: World) -> None:
+    """Eighteen pictures from eight clients at once: each gets its own answer."""
+    pictures = [(draw(colour, shape, "flat"), f"{colour} {shape}") for colour in COLOURS for shape in SHAPES]
+    alone = [world.answer(picture, prompt, 6).tuned.ids[:6].tolist() for picture, prompt in pictures]
+
+    def ask(number: int) -> tuple[str, list[int]]:
+        picture, prompt = pictures[number]
+        event, told = call(url, "attribute", as_text(picture), prompt, 6)
+        return told[0]["prompt"], [entry["id"] for entry in told[0]["images"]] if event == "complete" else []
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(ask, range(len(pictures))))
+    assert found == [(prompt, ids) for (_, prompt), ids in zip(pictures, alone, strict=True)]
+
+
+def test_no_file_of_the_server_is_read(url: str, world: World) -> None:
+    secret = Path(world.images.path)
+    for path in ("/etc/passwd", str(secret), "pyproject.toml", "../pyproject.toml"):
+        status, text = get(f"{url}/gradio_api/file={path}")
+        assert status >= 400 and "root:" not in text
+    config = json.loads(get(f"{url}/config")[1])
+    upload = next(
+        part["id"]
+        for part in config["dependencies"]
+        if len(part["inputs"]) == 2 and any(target[1] == "submit" for target in part["targets"])
+        for block in config["components"]
+        if block["id"] == part["inputs"][0] and block["type"] == "file"
+    )
+    for path in ("/etc/passwd", str(secret)):
+        given = {"path": path, "orig_name": "x.png", "meta": {"_type": "gradio.FileData"}}
+        post(f"{url}/gradio_api/queue/join", {"data": [given, "x"], "fn_index": upload, "session_hash": path[-4:]})
+        _, text = get(f"{url}/gradio_api/queue/data?session_hash={path[-4:]}")
+        assert '"success":false' in text.replace(" ", "") and "root:" not in text and path not in text
+    with pytest.raises(urllib.error.HTTPError, match="400"):
+        given = {"path": f"{url}/health", "meta": {"_type": "gradio.FileData"}}
+        post(f"{url}/gradio_api/queue/join", {"data": [given, "x"], "fn_index": upload, "session_hash": "s"})
+
+
+def test_only_the_api_is_offered_and_no_path_is_told(url: str, world: World) -> None:
+    offered = json.loads(get(f"{url}/gradio_api/info")[1])
+    assert offered["named_endpoints"].keys() == {"/attribute", "/generate", "/query"}
+    assert offered["unnamed_endpoints"] == {}
+    told = json.dumps([call(url, "query", 1, 3), offered, get(f"{url}/config"), get(f"{url}/")])
+    assert str(Path(world.images.path).parent.parent) not in told
+
+
+def test_too_large_requests_are_refused_and_the_server_stays_up(url: str) -> None:
+    with pytest.raises(urllib.error.HTTPError, match="413"):
+        call(url, "attribute", "A" * 2_100_000, "x", 5)
+    status, text = get(f"{url}/health")
+    assert status == 200 and json.loads(text)["status"] == "ok"

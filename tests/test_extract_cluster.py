@@ -1,0 +1,67 @@
+"""Extraction on Ray Data workers: the same bytes as one process, also after a part was made before."""
+
+from __future__ import annotations
+
+import os
+
+# Ray binds to the loopback address only if this is set before it is imported.
+os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "disabled"}
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+from small_world import rows, write_table
+
+from feature_extraction.extract import main as extract
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    """A Ray cluster of two nodes with two processors in all."""
+    small: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args=small)
+    cluster.add_node(**small)
+    environment = {"env_vars": {"PYTHONPATH": f"{Path(__file__).parents[1]}:{Path(__file__).parent}"}}
+    ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def command(source: Path, out: Path, *more: str) -> list[str]:
+    common = ["--ftype", "pixel", "--device", "cpu", "--shard_rows", "4", "--max_corrupt", "0.2"]
+    return [*common, "--source", str(source), "--out", str(out), *more]
+
+
+def test_workers_write_the_bytes_of_one_process(nodes, tmp_path: Path, files_in) -> None:
+    table = rows(22)
+    table[5]["image"] = b"no picture"
+    write_table(tmp_path / "pictures.parquet", table)
+    source, one, many = tmp_path / "pictures.parquet", tmp_path / "one", tmp_path / "many"
+    assert extract(command(source, one)) == 0
+    # the first half was made earlier, by a process of its own
+    assert extract(command(source, many, "--shards", "2", "--shard", "0")) == 0
+    assert extract(command(source, many, "--workers", "2", "--threads", "1")) == 0
+    assert files_in(many) == files_in(one)
+    for name in ("data_feats.npy", "data_skipped.json"):
+        assert (many / "pixel" / name).read_bytes() == (one / "pixel" / name).read_bytes()
+
+
+def test_too_many_unreadable_pictures_stop_the_workers(nodes, tmp_path: Path, capsys) -> None:
+    table = rows(8)
+    for number in range(4):
+        table[number]["image"] = b"no picture"
+    write_table(tmp_path / "pictures.parquet", table)
+    assert extract(command(tmp_path / "pictures.parquet", tmp_path / "out", "--workers", "1", "--threads", "1")) == 2
+    assert "at most 20.00% unreadable pictures" in capsys.readouterr().err
+    assert not (tmp_path / "out/pixel/data_feats.npy").exists()
+
+
+def test_workers_and_shards_exclude_each_other(tmp_path: Path, capsys) -> None:
+    for more in (["--shards", "2", "--shard", "0"], ["--merge"], ["--workers", "0"]):
+        assert extract(command(tmp_path, tmp_path, "--workers", "2", *more)) == 2
+        assert "--workers: expected" in capsys.readouterr().err

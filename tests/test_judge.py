@@ -1,0 +1,322 @@
+"""The judges end to end on a small testbed: methods, retraining, LDS, creators, removals, leaderboard, bad input."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from small_judge import IMAGES, QUERIES, SETS, small_testbed, write_small_testbed
+
+from abu import testbed as testbeds
+from abu.sample import SampleConfig
+from abu.testbed import TESTBEDS
+from benchmark import creators, gradient_store, image_rows, latency, lds, leaderboard, methods, removal, retrain
+from benchmark.gradient_methods import METHODS, Method, method_scores
+from benchmark.gradient_store import StoreConfig, load_store
+from benchmark.projected import FeatureConfig
+from benchmark.retrain import RetrainConfig, Retrainer, Retraining
+from benchmark.scores import load_scores, save_scores, score_inputs
+from fastgda.core import load_npz, save_npy, save_npz, write_manifest
+from fastgda.rankings import from_scores, save_rankings
+from feature_extraction.encoders import load_encoder
+from feature_extraction.minilm import MiniLM
+
+HALVES = 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small(tmp_path_factory):
+    """Every command finds the small testbed under the name emoji-mini; one folder for the module."""
+    root = tmp_path_factory.mktemp("judge")
+    write_small_testbed(root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(TESTBEDS, "emoji-mini", small_testbed(root))
+        # what every command measures a model and an image with: a few draws and steps instead of hundreds
+        patch.setattr(RetrainConfig.__init__, "__defaults__", (2, 1, 3))
+        patch.setattr(SampleConfig.__init__, "__defaults__", (3, 3.0, 3, 0))
+        patch.setattr(StoreConfig.__init__, "__defaults__", (0, False, 2))
+        # encoders are loaded once and not by every command
+        patch.setattr(testbeds, "MiniLM", functools.cache(MiniLM))
+        patch.setattr(removal, "load_encoder", functools.cache(load_encoder))
+        for name, method in METHODS.items():
+            few = replace(method.features, bins=2, draws=1, query_draws=1, projection=64)
+            patch.setitem(METHODS, name, replace(method, features=few))
+        yield TESTBEDS["emoji-mini"]
+
+
+@pytest.fixture(scope="module")
+def retrained(small):
+    """Halves, references and models without each creator."""
+    for what, models in (("halves", HALVES), ("again", HALVES), ("reference", 2), ("creators", 2)):
+        assert retrain.main([what, "--models", str(models)]) == 0
+    return small
+
+
+@pytest.fixture(scope="module")
+def scores(small):
+    """Two files of random scores."""
+    paths = []
+    for name, seed in (("first", 0), ("second", 1)):
+        values = np.random.default_rng(seed).normal(size=(QUERIES["test"], IMAGES))
+        paths.append(save_scores(small, name, "test", values, {}, "test"))
+    return paths
+
+
+def test_a_model_is_the_same_bit_for_bit_however_often_it_is_interrupted_and_whatever_the_threads(small):
+    job = Retraining((3, 5, 8), seed=7)
+    torch.set_num_threads(2)
+    worker = Retrainer(small, RetrainConfig())
+    whole = worker.compute(job)
+
+    def interrupted(*args, **settings):
+        train(*args, **settings, stop_after_steps=2)
+        raise KeyboardInterrupt
+
+    train = retrain.train
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retrain, "train", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            worker.compute(job)
+    resumed = worker.compute(job)
+    assert torch.get_num_threads() == 1
+    assert whole.keys() == {"removed", "losses_val", "losses_test", "latents_test", "seconds"}
+    assert all(np.array_equal(whole[key], resumed[key]) for key in whole.keys() - {"seconds"})
+    other = worker.compute(replace(job, seed=8))
+    assert not np.array_equal(whole["losses_test"], other["losses_test"])
+
+
+@pytest.mark.parametrize("removed", [tuple(range(IMAGES)), (0, 0), (-1,), (IMAGES,)])
+def test_removals_that_are_no_part_of_the_training_set_are_refused(removed):
+    with pytest.raises(ValueError, match=f"expected to remove fewer than {IMAGES} different images with ids 0 to 29"):
+        retrain.kept_images(Retraining(removed, 0), IMAGES)
+
+
+def test_references_keep_their_weights(retrained):
+    device = torch.device("cpu")
+    source = gradient_store.load_member(retrained, 2, device)
+    queries = retrained.query_examples("test", device)
+    draws = retrain.DrawConfig(2, 1)
+    found = retrain.mean_losses([source.denoiser], source.schedule, queries, draws, progress=False)[0]
+    stored = load_npz(retrain.reference_file(retrained, 1), ("losses_test",))["losses_test"]
+    np.testing.assert_allclose(found, stored, rtol=1e-2)
+
+
+def test_models_of_another_recipe_are_refused(retrained, capsys):
+    with pytest.MonkeyPatch.context() as patch:
+        loop = replace(retrained.diffusion_loop, steps=4)
+        patch.setitem(TESTBEDS, "emoji-mini", replace(retrained, diffusion_loop=loop))
+        assert retrain.main(["status"]) == 2
+    assert "config.loop is" in capsys.readouterr().err
+
+
+def test_status_counts_models_and_their_rate(retrained, capsys):
+    assert retrain.main(["status", "--models", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in lines] == [
+        "halves: 2 of 2 models",
+        "again: 2 of 2 models",
+        "reference: 2 of 2 models",
+        "creators: 6 of 6 models",
+    ]
+    assert all("models an hour" in line for line in lines)
+
+
+def test_every_method_on_gradients_writes_scores(small, capsys):
+    names = list(METHODS)
+    assert methods.main(["journey-trak", "--dry_run"]) == 0
+    assert capsys.readouterr().out.count("GiB of memory") == 2
+    assert methods.main(names) == 0
+    found = {name: load_scores(small.data / f"scores/{name}.npy", small, "test") for name in names}
+    assert {array.shape for array in found.values()} == {(QUERIES["test"], IMAGES)}
+    assert (found["das"] >= 0).all() and (found["d-trak"] < 0).any()
+    again = {path: path.stat().st_mtime_ns for path in small.data.rglob("projected/**/*.npz")}
+    assert methods.main(["trak"]) == 0
+    assert again == {path: path.stat().st_mtime_ns for path in small.data.rglob("projected/**/*.npz")}
+
+
+def test_trak_is_the_closed_form_on_the_stored_gradients_and_a_mean_over_models(retrained):
+    method = Method(FeatureConfig(projection=64, bins=2, draws=1, query_draws=1))
+    expected = []
+    for model in (1, 2):
+        store = StoreConfig(method.features, model)
+        gradient_store.collect(retrained, store, None)
+        phi, query = (load_store(retrained, store, part).double().numpy() for part in ("training", "test"))
+        expected.append(query @ np.linalg.solve(phi.T @ phi + 1e-3 * np.eye(64), phi.T))
+    found, used = method_scores(retrained, method, 2, "test", ridge=1e-3)
+    assert used == 1e-3
+    np.testing.assert_allclose(found, np.mean(expected, 0), rtol=1e-3, atol=1e-6 * np.abs(expected).max())
+
+
+def test_gradients_of_other_queries_are_refused(small, tmp_path):
+    store = StoreConfig(FeatureConfig(projection=8, bins=1, draws=1, query_draws=1))
+    gradient_store.collect(small, store, None)
+    shutil.copytree(small.root, tmp_path / "root")
+    moved = replace(small, root=tmp_path / "root")
+    queries = moved.data / "query_test/latents.npy"
+    save_npy(queries, np.load(queries) + 1)
+    with pytest.raises(ValueError, match="query_test is"):
+        gradient_store.collect(moved, store, None)
+
+
+def test_the_ridge_is_chosen_on_validation_queries(retrained):
+    flags = ["d-trak", "--select", "--halves", str(HALVES)]
+    assert methods.main(flags) == 0
+    manifest = json.loads((retrained.data / "scores/d-trak-selected.npy.manifest.json").read_text())
+    table = manifest["config"]["validation"]
+    assert manifest["config"]["ridge"] == max(table, key=lambda row: row["lds"])["ridge"]
+    assert any(row["ridge"] == 500 for row in table) and len(table) == 9
+
+
+def test_lds_command_reports_ceiling_and_sign(retrained, scores, tmp_path, capsys):
+    judge = lds.Judge(retrained, "test", HALVES)
+    linear = -(judge.losses - judge.losses.mean(0)).T @ (judge.seen - 0.5)
+    good = save_scores(retrained, "good", "test", linear, {}, "test")
+    bad = save_scores(retrained, "bad", "test", -linear, {}, "test")
+    output = tmp_path / "lds.json"
+    assert lds.main([str(good), str(bad), "--models", str(HALVES), "--output", str(output)]) == 0
+    rows = {row["method"]: row for row in json.loads(output.read_text())["rows"]}
+    assert rows["good"]["lds"] > 0.5 and not rows["good"]["probable_sign_error"]
+    assert rows["bad"]["lds"] == pytest.approx(-rows["good"]["lds"]) and rows["bad"]["probable_sign_error"]
+    assert "far below zero: are low scores the influential ones?" in capsys.readouterr().out
+    assert 0 <= json.loads(output.read_text())["ceiling"] <= 1
+
+
+def test_creators_effects_and_sums(retrained, scores, tmp_path):
+    sets = [SETS[i % 3] for i in range(IMAGES)]
+    effects = creators.load_effects(retrained, sets, "test", 2, 2)
+    reference = np.mean(
+        [load_npz(retrain.reference_file(retrained, s), ("losses_test",))["losses_test"] for s in (0, 1)], 0
+    )
+    job = Retraining(tuple(range(1, IMAGES, 3)), 1)
+    stored = load_npz(retrain.folder_of(retrained) / job.name, ("losses_test",))["losses_test"]
+    assert effects.names == SETS
+    np.testing.assert_allclose(effects.change[1, 1], stored - reference)
+    values = load_scores(scores[0], retrained, "test")
+    np.testing.assert_allclose(creators.by_creator(values, sets, SETS)[:, 2], values[:, 2::3].sum(1))
+    output = tmp_path / "creators.json"
+    flags = ["--models", "2", "--references", "2", "--output", str(output)]
+    assert creators.main([*map(str, scores), *flags]) == 0
+    report = json.loads(output.read_text())
+    assert [row["method"] for row in report["rows"]] == [creators.PROMPT, "first", "second"]
+    assert report["ceiling"].keys() == {"spearman", "top1"}
+
+
+def test_agreement_is_one_for_the_truth_and_turns_with_the_sign():
+    effects = np.random.default_rng(0).normal(size=(6, 9))
+    assert creators.agreement(effects**3, effects)["spearman"] == pytest.approx(1)
+    assert creators.agreement(effects**3, effects)["top1"] == 1
+    assert creators.agreement(-effects, effects)["spearman"] == pytest.approx(-1)
+
+
+REMOVALS = ["--queries", "2", "--levels", "1", "3", "--null", "2", "--references", "2"]
+
+
+def test_removals_run_and_report_and_the_leaderboard_uses_them(retrained, scores, tmp_path, capsys):
+    output, files = tmp_path / "removal.json", [str(path) for path in scores]
+    assert removal.main(["run", *files, *REMOVALS, "--dry_run"]) == 0
+    assert "removals: 2 of 14 models" in capsys.readouterr().out
+    assert removal.main(["run", *files, *REMOVALS]) == 0
+    assert removal.main(["report", *files, *REMOVALS, "--output", str(output)]) == 0
+    rows = {(row["method"], row["K"]): row for row in json.loads(output.read_text())["rows"]}
+    assert {key for key in rows} == {(m, k) for m in (removal.RANDOM, "first", "second") for k in (1, 3)}
+    first = rows["first", 3]["delta_loss"]
+    null = rows[removal.RANDOM, 3]["delta_loss"]
+    assert first["excess"] == pytest.approx(first["mean"] - null["mean"])
+    assert 0 < rows["first", 3]["similarity"]["mean"] <= 1.000001
+
+    save_rankings(
+        retrained.data / "influence_test.npz",
+        from_scores(np.random.default_rng(5).normal(size=(QUERIES["test"], IMAGES))),
+    )
+    board = tmp_path / "board"
+    flags = [*REMOVALS, "--models", str(HALVES), "--board", str(board)]
+    assert leaderboard.main([files[0], *flags]) == 0
+    row = json.loads((board / "first.json").read_text())
+    nearest = {found["K"]: found for found in row["removals"]}
+    assert nearest[3]["shared"] == 1.0
+    assert nearest[3]["delta_loss"]["per_query"] == pytest.approx(first["per_query"])
+    assert row["retrieval"]["mAP"].keys() == {"1"}
+    third = save_scores(retrained, "third", "test", np.random.default_rng(9).normal(size=(4, IMAGES)), {}, "test")
+    assert leaderboard.main([str(third), *flags]) == 0
+    assert json.loads((board / "third.json").read_text())["removals"][1]["shared"] < 1
+    assert leaderboard.main([str(third), *flags, "--retrain"]) == 0
+    assert json.loads((board / "third.json").read_text())["removals"][1]["shared"] == 1
+    capsys.readouterr()
+    assert leaderboard.main(["--board", str(board)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_rows_of_images_are_drawn(retrained, scores, tmp_path, capsys):
+    flags = ["--queries", "1", "--count", "3", "--level", "2", "--output", str(tmp_path)]
+    assert image_rows.main([*map(str, scores), *flags]) == 0
+    assert (tmp_path / "rows_1.png").stat().st_size > 500
+    assert image_rows.main([str(scores[0]), "--queries", "4"]) == 2
+    assert "--queries: expected 0 to 3, found [4]" in capsys.readouterr().err
+
+
+def test_latency_and_storage_of_every_kind_of_method(small, tmp_path):
+    features = np.random.default_rng(0).normal(size=(IMAGES, 1280)).astype(np.float32)
+    save_npy(small.data / "feats/effnet/data_feats.npy", features)
+    output = tmp_path / "latency.json"
+    assert methods.main(["d-trak", "abu-plus"]) == 0
+    assert latency.main(["effnet", "d-trak", "abu-plus", "exact", "--queries", "2", "--output", str(output)]) == 0
+    rows = {row["method"]: row for row in json.loads(output.read_text())["rows"]}
+    assert all(row["seconds"] > 0 for row in rows.values())
+    assert rows["effnet"]["storage"] == features.nbytes
+    width = load_store(small, METHODS["d-trak"].stores(0)[0], "training").shape[1]
+    assert rows["d-trak"]["storage"] == IMAGES * width * 4
+
+
+def test_a_teacher_on_nearest_images_orders_them_before_all_others():
+    scores = np.array([[5.0, 1.0, 4.0, 2.0, 3.0]])
+    cosines = np.array([[0.1, 0.9, 0.2, 0.8, 0.7]])
+    assert methods.among_nearest(scores, cosines, 3).tolist() == [[1.0, 1.0, 1.0, 2.0, 3.0]]
+
+
+def test_more_images_than_there_are_cannot_be_removed(retrained, scores, capsys):
+    assert removal.main(["run", str(scores[0]), "--levels", str(IMAGES), "--queries", "1"]) == 2
+    assert f"expected to remove 1 to {IMAGES - 1} of {IMAGES} images" in capsys.readouterr().err
+    assert removal.main(["run", str(scores[0]), "--queries", "5"]) == 2
+    assert "--queries: expected 1 to 4 of the test queries, found 5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: np.where(np.arange(IMAGES) == 3, np.nan, a), "expected finite numbers"),
+        (lambda a: a.T, r"expected shape \[4, 30\], found \[30, 4\]"),
+        (lambda a: np.ones_like(a), "expected scores that differ, found the same for all images in row 0"),
+        (lambda a: a.astype("U3"), "expected numbers"),
+    ],
+)
+def test_scores_that_are_none_are_refused(small, tmp_path, change, message):
+    save_npy(tmp_path / "s.npy", change(np.random.default_rng(0).normal(size=(4, IMAGES))))
+    with pytest.raises(ValueError, match=message):
+        load_scores(tmp_path / "s.npy", small, "test")
+
+
+def test_ids_put_scores_in_order_and_wrong_ids_are_refused(small, tmp_path):
+    values, random = np.random.default_rng(0).normal(size=(4, IMAGES)), np.random.default_rng(1)
+    path, columns, rows = tmp_path / "s.npz", random.permutation(IMAGES), random.permutation(4)
+    save_npz(path, scores=values[rows][:, columns], train_ids=columns, query_ids=rows)
+    np.testing.assert_array_equal(load_scores(path, small, "test"), values)
+    save_npz(path, scores=values, train_ids=columns + 1)
+    with pytest.raises(ValueError, match="expected train_ids 0 to 29, each once, found 30"):
+        load_scores(path, small, "test")
+    save_npz(path, scores=values, query_ids=np.zeros(4, int))
+    with pytest.raises(ValueError, match="expected query_ids 0 to 3, each once, found 1 different ones"):
+        load_scores(path, small, "test")
+
+
+@pytest.mark.parametrize("what", ["model", "training", "queries"])
+def test_scores_of_another_model_or_dataset_are_refused(small, tmp_path, what):
+    path = tmp_path / "s.npy"
+    save_npy(path, np.random.default_rng(0).normal(size=(4, IMAGES)))
+    write_manifest(path, {}, command="", inputs=score_inputs(small, "test") | {what: "0" * 64})
+    with pytest.raises(ValueError, match=f"found another {what}: SHA-256 000000000000"):
+        load_scores(path, small, "test")
