@@ -2,6 +2,7 @@
 
     python -m abu.collect curvature                    # EK-FAC factors of the source model; 2 minutes on two cores
     python -m abu.collect queries                      # gradients of every query
+    python -m abu.collect steps                        # loss change after a finite step, one pass; --passes: several
     python -m abu.collect training --dry_run           # time, memory and disk that a pass will need
     python -m abu.collect training                     # one pass over the training set; --passes: several
     python -m abu.collect training --workers 4         # on four Ray workers; --address: on a running cluster
@@ -10,6 +11,10 @@
     python -m abu.collect training --measure square    # D-TRAK's gradients, in a folder of their own
     python -m abu.collect status                       # what is done, what failed, the time left
     python -m benchmark.teacher                        # merges the scores into influence_{train,val,test}.npz
+
+There are two ways from the queries' gradients to scores. `steps` scores every query with both terms of the loss change
+as it goes (`abu.second_order`): the teacher of the testbed. `training` keeps the mean gradients of the training images,
+and `scores` multiplies them with any queries: the first order alone, for steps that are infinitely small.
 
 Each piece is written whole under data/emoji/cache/teacher; what exists is not computed again, and pieces of different
 settings, models or queries are never mixed. Passes differ in their noise only: more of them make the teacher more
@@ -27,15 +32,25 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from abu.amortised import RUNS, Examples, MeanGradients, QueryMatrix, Sketch, score_block
+from abu.amortised import (
+    RUNS,
+    Compression,
+    Examples,
+    MeanGradients,
+    QueryMatrix,
+    Sketch,
+    score_block,
+    sketched,
+)
 from abu.cluster import add_cluster_flags, cluster_from, run_plan
-from abu.collect_config import CollectConfig, MeasuredConfig, RoundedScoreConfig, ScoreConfig
+from abu.collect_config import CollectConfig, MeasuredConfig, RoundedScoreConfig, ScoreConfig, StepConfig
 from abu.curvature import EKFAC
 from abu.estimate import estimate
 from abu.fisher import CurvatureConfig, fit_testbed
 from abu.gradients import MADE_BY, compressed, load_gradients, pack, stored_vectors
 from abu.measures import MEASURES
-from abu.plan import Collection, Piece, cut
+from abu.plan import Collection, Piece, Stage, cut
+from abu.second_order import StepVectors, TrainingTerms, TwoFolds, loss_terms
 from abu.testbed import SPLITS, Testbed, add_testbed_flags, testbed_from
 from abu.tiles import MEMORY_GB, QueryTiles
 from fastgda.core import best_device, command_line, load_npz, relative, require_file, sha256_file
@@ -51,6 +66,11 @@ SCORED_AT_ONCE = 64
 def folder_of(testbed: Testbed, measure: str = "loss") -> Path:
     """Where the gradients of a testbed are kept; those of each measured function have their own place."""
     return testbed.data / ("cache/teacher" if measure == "loss" else f"cache/teacher_{measure}")
+
+
+def steps_folder(testbed: Testbed) -> Path:
+    """Where the two terms of the loss change are kept."""
+    return folder_of(testbed) / "steps"
 
 
 def scores_folder(testbed: Testbed, measure: str = "loss") -> Path:
@@ -92,6 +112,64 @@ class GradientCollector:
         )
         arrays = pack(gradients, examples.text)
         return arrays if self.measure == "loss" else arrays | {"losses": losses.cpu().numpy()}
+
+
+class StepCollector:
+    """Scores all queries against training images by both terms of the loss change after a step of finite size."""
+
+    def __init__(self, testbed: Testbed, config: StepConfig) -> None:
+        self.testbed, self.config, self.device = testbed, config, best_device()
+        self.curvature = EKFAC.load(testbed.curvature).to(self.device)
+        self.whole, self.folded = Sketch.of(self.curvature), TwoFolds.of(self.curvature, config.fold, config.seed)
+        source = testbed.load_source(self.device)
+        source.denoiser.to(memory_format=torch.channels_last)
+        self.terms = TrainingTerms(source.denoiser, source.schedule)
+        self.draws = config.drawn(len(source.schedule))
+        self.training = testbed.training_examples(self.device)
+        self.queries, self.halves = self._queries()
+
+    def compute(self, piece: Piece) -> dict[str, np.ndarray]:
+        """first, second [Q, B] (see `loss_terms`) of all queries, with the draws of both runs on both sides; for
+        validation and test queries, with independent draws on both sides, first_runs and second_runs [runs, Q', B].
+        """
+        parts = [
+            self._few(self.training.rows(low, min(low + BATCH, piece.stop)), int(piece.part))
+            for low in range(piece.start, piece.stop, BATCH)
+        ]
+        return {name: torch.cat([part[name] for part in parts], -1).cpu().numpy() for name in parts[0]}
+
+    def _few(self, examples: Examples, index: int) -> dict[str, torch.Tensor]:
+        pooled, runs = [], []
+        for run, half in enumerate(self.halves):
+            gradients, products = self.terms(examples, self.draws, RUNS * index + run)
+            vectors = StepVectors(
+                sketched(gradients, examples.text, self.curvature, self.whole),
+                [sketched(product, examples.text, self.curvature, self.folded) for product in products],
+            )
+            pooled.append(torch.stack(loss_terms(self.queries, vectors)))
+            runs.append(torch.stack(loss_terms(half, vectors)))
+        first, second = torch.stack(pooled).mean(0)
+        first_runs, second_runs = torch.stack(runs, 1)
+        return {"first": first, "second": second, "first_runs": first_runs, "second_runs": second_runs}
+
+    def _queries(self) -> tuple[StepVectors, list[StepVectors]]:
+        """(all queries, those of validation and test by run), in the order of the splits."""
+        pooled, halves = [], []
+        for compression in (self.whole, self.folded):
+            runs = {split: torch.cat(list(self._vectors(split, compression)), 1) for split in SPLITS}
+            pooled.append(torch.cat([run.mean(0) for run in runs.values()]))
+            halves.append(torch.cat([run for split, run in runs.items() if split != "train"], 1))
+        return StepVectors(pooled[0], [pooled[1]]), [
+            StepVectors(whole, [folded]) for whole, folded in zip(*halves, strict=True)
+        ]
+
+    def _vectors(self, split: str, compression: Compression) -> Iterator[torch.Tensor]:
+        """Whitened gradients [runs, q, size] of a split, the mean over bins, piece by piece."""
+        examples = examples_of(self.testbed, split, self.device)
+        for piece in query_plan(self.testbed, (split,)):
+            path, rows = Collection(folder_of(self.testbed)).path(piece), examples.rows(piece.start, piece.stop)
+            gradients = load_gradients(path, rows.text, MADE_BY["query"]).mean(1)
+            yield torch.stack([sketched(run, rows.text, self.curvature, compression) for run in gradients])
 
 
 class ScoreCollector:
@@ -201,14 +279,19 @@ def training_plan(testbed: Testbed, passes: range) -> list[Piece]:
     return [piece for index in passes for piece in cut("pass", str(index), images, TRAINING_PIECE)]
 
 
+def step_plan(testbed: Testbed, passes: range) -> list[Piece]:
+    """Pieces of the passes that keep both terms of the loss change."""
+    return [piece for index in passes for piece in cut("step", str(index), testbed.images, TRAINING_PIECE)]
+
+
 def score_plan(testbed: Testbed, passes: int) -> list[Piece]:
     """Pieces of the scores made from the first `passes` passes."""
     return cut("scores", str(passes), testbed.images, TRAINING_PIECE)
 
 
-def started_passes(folder: Path) -> list[int]:
+def started_passes(folder: Path, stage: Stage = "pass") -> list[int]:
     """Numbers of the passes that have at least one piece."""
-    return sorted({int(path.name.split("_")[1]) for path in folder.glob("pass_*_*.npz")})
+    return sorted({int(path.name.split("_")[1]) for path in folder.glob(f"{stage}_*_*.npz")})
 
 
 def whole_passes(testbed: Testbed, measure: str = "loss") -> int:
@@ -230,9 +313,12 @@ def print_status(testbed: Testbed, measure: str = "loss") -> None:
     print(collection.status("queries", query_plan(testbed)))
     for index in started_passes(collection.folder):
         print(collection.status(f"pass {index}", training_plan(testbed, range(index, index + 1))))
+    steps = Collection(steps_folder(testbed))
+    for index in started_passes(steps.folder, "step"):
+        print(steps.status(f"steps, pass {index}", step_plan(testbed, range(index, index + 1))))
     for passes in sorted({int(path.name.split("_")[1]) for path in scores.folder.glob("scores_*.npz")}):
         print(scores.status(f"scores of {passes} passes", score_plan(testbed, passes)))
-    failures = collection.failures() | scores.failures()
+    failures = collection.failures() | steps.failures() | scores.failures()
     for name, error in list(failures.items())[:SHOWN]:
         print(f"failed: {name}: {error}")
     if len(failures) > SHOWN:
@@ -246,7 +332,7 @@ def parser() -> argparse.ArgumentParser:
         description="Collects the teacher's scores of all queries, in pieces that nothing can lose.",
         epilog="example: python -m abu.collect training --passes 4 --workers 2",
     )
-    made.add_argument("stage", choices=("curvature", "queries", "training", "scores", "status"))
+    made.add_argument("stage", choices=("curvature", "queries", "steps", "training", "scores", "status"))
     add_testbed_flags(made)
     made.add_argument("--first_pass", type=int, default=0, help="number of the first pass; each has its own draws")
     made.add_argument("--passes", type=int, help="passes over the training set (default: 1; of scores: all there are)")
@@ -254,6 +340,9 @@ def parser() -> argparse.ArgumentParser:
         "--sketch", type=int, default=ScoreConfig.sketch, help="numbers that scores keep of a gradient (default: all)"
     )
     made.add_argument("--measure", choices=MEASURES, default="loss", help="what is differentiated (default: loss)")
+    made.add_argument(
+        "--fold", type=int, default=StepConfig.fold, help="of steps: numbers of a gradient added to one for squares"
+    )
     made.add_argument(
         "--memory_gb", type=float, default=MEMORY_GB, help="of scores: memory for the queries' gradients (default: 4)"
     )
@@ -267,7 +356,7 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def claimed(testbed: Testbed, config: CollectConfig | ScoreConfig, measure: str = "loss") -> Collection:
+def claimed(testbed: Testbed, config: CollectConfig | ScoreConfig | StepConfig, measure: str = "loss") -> Collection:
     """The folder of the gradients or scores of these settings; `ValueError` if it holds others."""
     files = [testbed.source / "denoiser.safetensors"]
     files += [testbed.data / f"query_{split}/latents.npy" for split in SPLITS]
@@ -275,6 +364,9 @@ def claimed(testbed: Testbed, config: CollectConfig | ScoreConfig, measure: str 
     if isinstance(config, ScoreConfig):
         files.append(testbed.curvature)
         folder, command = scores_folder(testbed, measure), "python -m abu.collect scores"
+    if isinstance(config, StepConfig):
+        files.append(testbed.curvature)
+        folder, command = steps_folder(testbed), "python -m abu.collect steps"
     command += "" if measure == "loss" else f" --measure {measure}"
     collection = Collection(folder)
     collection.claim(config, {relative(path): sha256_file(path) for path in map(require_file, files)}, command)
@@ -292,7 +384,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.stage == "status":
         print_status(testbed, args.measure)
         return
-    build: Callable[[], GradientCollector | ScoreCollector]
+    build: Callable[[], GradientCollector | ScoreCollector | StepCollector]
+    passes = range(args.first_pass, args.first_pass + (args.passes or 1))
     if args.stage == "scores":
         scoring = ScoreConfig(args.sketch, growth=not args.no_growth)
         if args.query_bits != 32:
@@ -300,11 +393,14 @@ def main(argv: list[str] | None = None) -> None:
         pieces = score_plan(testbed, args.passes or whole_passes(testbed, args.measure))
         collection = claimed(testbed, scoring, args.measure)
         build = partial(ScoreCollector, testbed, scoring, args.measure, args.memory_gb)
+    elif args.stage == "steps":
+        step = StepConfig(fold=args.fold)
+        pieces = step_plan(testbed, passes)
+        collection, build = claimed(testbed, step), partial(StepCollector, testbed, step)
     else:
         config = CollectConfig(bf16=args.bf16)
         if args.measure != "loss":
             config = MeasuredConfig(bf16=args.bf16, measure=args.measure)
-        passes = range(args.first_pass, args.first_pass + (args.passes or 1))
         pieces = query_plan(testbed) if args.stage == "queries" else training_plan(testbed, passes)
         collection, build = claimed(testbed, config, args.measure), partial(GradientCollector, testbed, config)
     if args.dry_run:

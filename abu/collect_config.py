@@ -59,3 +59,24 @@ class RoundedScoreConfig(ScoreConfig):
 
     query_bits: int = 8
     """8 or 16; what that costs in rank is measured by `python -m benchmark.compression`."""
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """How the loss change after a step of finite size is measured."""
+
+    bins: int = 5
+    """Timestep bins."""
+    draws: int = 1
+    """Draws of (t, ε) and of the random signs per bin, run and pass for each training image."""
+    fold: int = 8
+    """Numbers of a whitened gradient that are added up to one for the squares."""
+    seed: int = 0
+    query_bins: int = CollectConfig.bins
+    query_draws: int = CollectConfig.query_draws
+    judged_query_draws: int = CollectConfig.judged_query_draws
+    """How the queries' gradients were collected."""
+
+    def drawn(self, timesteps: int) -> DrawConfig:
+        """Draws of one run and pass."""
+        return DrawConfig(self.bins, self.draws, self.draws > 1, timesteps, self.seed)

@@ -15,7 +15,7 @@ import torch
 from abu.cluster import Worker
 from abu.plan import Collection, Piece
 
-SAMPLE = {"query": 16, "pass": 64, "scores": 64}
+SAMPLE = {"query": 16, "pass": 64, "scores": 64, "step": 64}
 """Examples that are computed to measure the rate."""
 
 

@@ -9,10 +9,12 @@ attention's do (SD3, PixArt), a is not the text and this does not hold: see `abu
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from abu.layers import Layer, LayerGradients, select_layers
+from abu.layers import GroupGradients, Layer, LayerGradients, select_layers
 
 
 def key_value_layers(model: nn.Module) -> dict[str, Layer]:
@@ -34,13 +36,24 @@ class OutputGradients:
         `ValueError` unless the layers read the token states of `text` as they are.
         """
         groups, losses = self.engine(noisy, target, timesteps, text)
-        others = [group.names[0] for group in groups if not is_beginning(group.inputs, text)]
-        if others:
-            raise ValueError(
-                f"{others[0]}: expected the layer to read the text tokens, found it reads something else "
-                "(layers that do not share the text are served by abu.grouped)"
-            )
-        return F.pad(groups[0].outputs, (0, 0, 0, text.shape[1] - groups[0].outputs.shape[1])), losses
+        return side_by_side(groups, text), losses
+
+    def products(
+        self, noisy: Tensor, timesteps: Tensor, text: Tensor, directions: Callable[[Tensor], Sequence[Tensor]]
+    ) -> list[Tensor]:
+        """g [B, T, Σ out] of Jᵀv for each direction v of the output (see `LayerGradients.products`)."""
+        return [side_by_side(groups, text) for groups in self.engine.products(noisy, timesteps, text, directions)]
+
+
+def side_by_side(groups: list[GroupGradients], text: Tensor) -> Tensor:
+    """g [B, T, Σ out] of layers that read the tokens of `text`; `ValueError` naming one that reads another input."""
+    others = [group.names[0] for group in groups if not is_beginning(group.inputs, text)]
+    if others:
+        raise ValueError(
+            f"{others[0]}: expected the layer to read the text tokens, found it reads something else "
+            "(layers that do not share the text are served by abu.grouped)"
+        )
+    return F.pad(groups[0].outputs, (0, 0, 0, text.shape[1] - groups[0].outputs.shape[1]))
 
 
 def is_beginning(tokens: Tensor, text: Tensor) -> bool:

@@ -11,7 +11,7 @@ they read it in the same way. Everything here works on the pair (g, a) and build
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from abu.diffusion_loss import at_least_float32, example_losses
+from abu.diffusion_loss import at_least_float32
 
 LayerPattern = Literal["cross-attn-kv", "cross-attn", "attn", "all"]
 PATTERNS: dict[str, str] = {
@@ -151,27 +151,59 @@ class LayerGradients:
         self, noisy: Tensor, target: Tensor, timesteps: Tensor, text: Tensor
     ) -> tuple[list[GroupGradients], Tensor]:
         """(gradients of each example's own loss, group by group; losses [B])."""
+        losses: list[Tensor] = []
+
+        def slope(output: Tensor) -> list[Tensor]:
+            error = at_least_float32(output) - at_least_float32(target)
+            losses.append(error.square().flatten(1).mean(1))
+            return [error * (2 / error[0].numel())]
+
+        return self.products(noisy, timesteps, text, slope)[0], losses[0]
+
+    def products(
+        self, noisy: Tensor, timesteps: Tensor, text: Tensor, directions: Callable[[Tensor], Sequence[Tensor]]
+    ) -> list[list[GroupGradients]]:
+        """Jᵀv for each direction v = `directions`(f) [B, ...] of the output f, which is known when they are chosen.
+
+        J is the Jacobian of an example's output with respect to the weights; each product is given group by group.
+        """
         with self._recording() as seen, torch.enable_grad():
-            losses = example_losses(self.model, noisy, target, timesteps, text)
+            output = self.model(noisy, timesteps, text).sample
         idle = sorted(self.layers.keys() - seen.keys())
         if idle:
             raise ValueError(f"{idle[0]}: expected every chosen layer to run in a forward pass, found it idle")
-        names = list(self.layers)
-        gradients = torch.autograd.grad(losses.sum(), [seen[name][1] for name in names])
+        members = self._groups({name: tensors[0] for name, tensors in seen.items()})
+        leaves = [seen[name][1] for name in self.layers]
+        chosen = directions(output.detach())
+        return [
+            self._grouped(
+                members,
+                seen,
+                torch.autograd.grad(output, leaves, v.to(output.dtype), retain_graph=index + 1 < len(chosen)),
+            )
+            for index, v in enumerate(chosen)
+        ]
+
+    def _grouped(
+        self,
+        groups: list[tuple[str, ...]],
+        seen: dict[str, tuple[Tensor, Tensor]],
+        gradients: Sequence[Tensor],
+    ) -> list[GroupGradients]:
         flat = {
-            name: flat_outputs(self.layers[name], at_least_float32(gradient))
-            for name, gradient in zip(names, gradients, strict=True)
+            name: flat_outputs(layer, at_least_float32(gradient))
+            for (name, layer), gradient in zip(self.layers.items(), gradients, strict=True)
         }
-        groups = []
-        for members in self._groups({name: tensors[0] for name, tensors in seen.items()}):
+        found = []
+        for members in groups:
             source = seen[members[0]][0]
             inputs = flat_inputs(self.layers[members[0]], source.detach() if source.requires_grad else source)
-            if len(inputs) != len(losses):
-                raise ValueError(f"{members[0]}: expected inputs of {len(losses)} examples, found {len(inputs)}")
             outputs = torch.cat([flat[name] for name in members], dim=-1)
+            if len(inputs) != len(outputs):
+                raise ValueError(f"{members[0]}: expected inputs of {len(outputs)} examples, found {len(inputs)}")
             sizes = tuple(flat[name].shape[-1] for name in members)
-            groups.append(GroupGradients(members, sizes, inputs, outputs))
-        return groups, losses.detach()
+            found.append(GroupGradients(members, sizes, inputs, outputs))
+        return found
 
     def _groups(self, inputs: dict[str, Tensor]) -> list[tuple[str, ...]]:
         """Names of the layers that got the same tensor and read it alike (kind, kernel, bias)."""

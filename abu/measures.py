@@ -14,8 +14,7 @@ factors of the loss and not by their own second moments (GᵀG + λI), and taken
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -56,24 +55,14 @@ class MeasuredGradients(OutputGradients):
         """(g [B, T, Σ out] of each example's measured function, its loss [B])."""
         losses: list[Tensor] = []
 
-        def replace(module: nn.Module, inputs: tuple, output: Any) -> SimpleNamespace:
-            """An output whose mean square has the measured function's gradient.
+        def slope(output: Tensor) -> tuple[Tensor, ...]:
+            found = at_least_float32(output)
+            losses.append((found - at_least_float32(target)).square().flatten(1).mean(1))
+            with torch.enable_grad():
+                leaf = found.requires_grad_()
+                return torch.autograd.grad(measured(self.measure, leaf).sum(), leaf)
 
-            With v = ∂f/∂output and n elements, s = output − [output] + n v / 2, brackets held constant, is worth
-            n v / 2, and the gradient of mean(s²) is 2/n · (n v / 2) · ∂output = v ∂output.
-            """
-            found = at_least_float32(output.sample)
-            losses.append((found.detach() - at_least_float32(target)).square().flatten(1).mean(1))
-            constant = found.detach().requires_grad_()
-            (slope,) = torch.autograd.grad(measured(self.measure, constant).sum(), constant)
-            return SimpleNamespace(sample=found - found.detach() + slope * (found[0].numel() / 2))
-
-        handle = self.engine.model.register_forward_hook(replace)
-        try:
-            gradients = super().__call__(noisy, torch.zeros_like(target), timesteps, text)[0]
-        finally:
-            handle.remove()
-        return gradients, losses[0]
+        return self.products(noisy, timesteps, text, slope)[0], losses[0]
 
 
 def gradients_of(model: nn.Module, measure: str = "loss") -> OutputGradients:

@@ -20,7 +20,7 @@ from fastgda.core import manifest_difference, manifest_path, save_npz, write_man
 
 FAILED = "failed.jsonl"
 T = TypeVar("T", bound="Task")
-Stage = Literal["query", "pass", "scores"]
+Stage = Literal["query", "pass", "scores", "step"]
 RECENT = 20
 """Pieces that the rate is measured on."""
 
@@ -35,7 +35,10 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Piece:
-    """Examples `start` to `stop`: gradients of a split of the queries or of a pass over the training set, or scores."""
+    """Examples `start` to `stop`: gradients of a split of the queries or of a pass over the training set, or scores.
+
+    A step is a pass that keeps both terms of the loss change of every query, and no gradients.
+    """
 
     stage: Stage
     part: str

@@ -6,6 +6,7 @@ with weights, optimizer, EMA and loss history in the checkpoint, a run that was 
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastgda.core import atomic_path, keyed_generator, save_json
+
+log = logging.getLogger(__name__)
 
 StepLoss = Callable[[Any, Tensor, torch.Generator], Tensor]
 """(model, row numbers of the batch, generator of the step) -> mean loss."""
@@ -39,7 +42,8 @@ class LoopConfig:
     gradient_clip: float = 1.0
     seed: int = 0
     bf16: bool = False
-    """Forward and backward under bfloat16 autocast; weights and their update stay float32."""
+    """Forward and backward under bfloat16 autocast; weights and their update stay float32. In float32 on processors
+    that could only emulate it (a hundred times slower)."""
     compile: bool = False
 
     def __post_init__(self) -> None:
@@ -53,6 +57,13 @@ def learning_rate(step: int, config: LoopConfig) -> float:
         return config.learning_rate * (step + 1) / config.warmup
     progress = (step - config.warmup) / max(1, config.steps - config.warmup)
     return config.learning_rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether the device has arithmetic in bfloat16 instead of emulating it."""
+    if device.type == "cpu":
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def batch_rows(step: int, examples: int, config: LoopConfig) -> np.ndarray:
@@ -112,6 +123,9 @@ def train(
                 temporary,
             )
 
+    bf16 = config.bf16 and computes_bfloat16(device)
+    if config.bf16 and not bf16:
+        log.warning("%s: this processor has no bfloat16 arithmetic; computing in float32 instead", folder)
     bar = tqdm(total=config.steps, initial=len(history), desc=folder.name, unit="step", disable=not progress)
     saved_at, stop = time.monotonic(), min(config.steps, len(history) + (stop_after_steps or config.steps))
     try:
@@ -119,7 +133,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, config)
             rows = torch.from_numpy(batch_rows(step, examples, config))
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 value = loss(runner, rows, keyed_generator("train", config.seed, step))
             value.backward()
             nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)

@@ -1,6 +1,6 @@
 """Draws the figures of `results/` from its JSON files.
 
-python -m benchmark.figures            # results/source_model/loss.png, results/teacher/reliability.png
+python -m benchmark.figures            # results/source_model/loss.png, results/teacher/{reliability,first_order}.png
 """
 
 from __future__ import annotations
@@ -70,8 +70,9 @@ def main(argv: list[str] | None = None) -> None:
     testbed = testbed_from(parser.parse_args(argv))
     results = testbed.root / "results"
     save_figure(loss_curves(testbed), results / "source_model/loss.png")
-    report = json.loads(require_file(results / "teacher/reliability.json", "python -m benchmark.teacher").read_text())
-    save_figure(reliability_curves(report), results / "teacher/reliability.png")
+    for name, made_by in (("reliability", "benchmark.finite_step"), ("first_order", "benchmark.teacher")):
+        path = require_file(results / f"teacher/{name}.json", f"python -m {made_by}")
+        save_figure(reliability_curves(json.loads(path.read_text())), results / f"teacher/{name}.png")
 
 
 if __name__ == "__main__":

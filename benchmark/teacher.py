@@ -1,9 +1,10 @@
-"""Merges the teacher's scores into the rankings that the project ships, and measures how reliable they are.
+"""Merges first-order scores, those of steps that are infinitely small, into rankings, and measures how reliable they are.
 
     python -m feature_extraction.extract --ftype effnet     # features that the paper's candidates are taken from
     python -m abu.collect scores
-    python -m benchmark.teacher            # reads data/emoji/cache/teacher, writes data/emoji/influence_*.npz
+    python -m benchmark.teacher            # writes data/emoji/influence_{normalised,plain}_*.npz
 
+The project ships the plain ones, for the paper's recipe; its own teacher is that of `benchmark.finite_step`.
 Reliability of a teacher: two runs with independent noise on both sides (training images and queries), mAP(L) of one
 against the top L of the other. It is the ceiling of every mAP(L) of a student; the rankings pool both runs, so their
 own reliability is higher than what is printed. It is printed for growing numbers of passes, and bin by bin: the mean
@@ -26,9 +27,9 @@ from fastgda.dataset import default_levels, layout, load_images, normalise
 from fastgda.metrics import average_precision, chance, spearman, standard_error
 from fastgda.rankings import Rankings, from_scores, save_rankings, top
 
-TEACHERS = {"normalised": "influence", "plain": "influence_plain"}
+TEACHERS = {"normalised": "influence_normalised", "plain": "influence_plain"}
 TOP, OTHERS = 1024, 1024
-"""What the normalised teacher keeps for a training query: the first of its ranking, and a sample of the rest."""
+"""What is kept for a training query, except by the plain teacher: the first of its ranking, and a sample of the rest."""
 NEIGHBOURS, NEIGHBOUR_FTYPE = 10_000 / 118_287, "effnet"
 """The paper's candidates, which the plain teacher keeps: this share of the training set, nearest to the query in an
 image feature (the paper takes DINO)."""
@@ -154,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     testbed = testbed_from(args)
     report = merge(testbed, args.passes or whole_passes(testbed), testbed.data)
-    save_json(testbed.root / "results/teacher/reliability.json", report | {"environment": environment()})
+    save_json(testbed.root / "results/teacher/first_order.json", report | {"environment": environment()})
 
 
 if __name__ == "__main__":

@@ -59,10 +59,13 @@ def test_the_top_images_are_those_whose_loss_rises_most(root, capsys):
     training = testbed.training_examples(CPU)
     draws = DrawConfig(bins=2, draws=1)
     losses = [mean_losses([model], source.schedule, training, draws)[0] for model in (source.denoiser, moved)]
-    expected = (losses[1] - losses[0]).argsort(descending=True)[:5].tolist()
-    assert [entry["id"] for entry in found["top"]] == expected
+    rises = losses[1] - losses[0]
+    ids = [entry["id"] for entry in found["top"]]
+    # not the ids themselves: losses differ in the last bits between processors, and images nearly tie
+    np.testing.assert_allclose(rises[ids], rises.topk(5).values, atol=1e-6)
+    np.testing.assert_allclose([entry["influence"] for entry in found["top"]], rises[ids], atol=1e-6)
     assert found["images"] == IMAGES
-    assert "query 2: test 2" in printed and f"image {expected[0]}" in printed
+    assert "query 2: test 2" in printed and f"image {ids[0]}" in printed
     assert Image.open(root / "out/test_2.png").size == (11 * 8, 8)
 
 

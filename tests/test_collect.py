@@ -21,14 +21,16 @@ from PIL import Image
 
 from abu import collect
 from abu.amortised import MeanGradients
-from abu.collect import ScoreCollector
+from abu.collect import ScoreCollector, StepCollector
+from abu.collect_config import StepConfig
 from abu.curvature import EKFAC
 from abu.gradients import load_gradients, pack, unpack
 from abu.models import Autoencoder, AutoencoderConfig, DiffusionConfig, SourceModel, build_denoiser, save_source
 from abu.plan import Piece
 from abu.sample import QUERY_SCHEMA
+from abu.second_order import TrainingTerms, loss_change_at
 from abu.testbed import TESTBEDS
-from benchmark import teacher
+from benchmark import finite_step, teacher
 from fastgda.core import ROOT, load_npz, read_manifest, save_npy, sha256_file
 from fastgda.rankings import load_rankings
 
@@ -83,11 +85,13 @@ def collected(tmp_path_factory):
         run(stage, root)
     run("training", root, "--passes", "2")
     run("scores", root)
+    run("steps", root)
     random = np.random.default_rng(1)
     features = root / "data/emoji/feats/effnet"
     save_npy(features / "data_feats.npy", random.normal(size=(IMAGES, 5)).astype(np.float32))
     save_npy(features / "train_query_feats.npy", random.normal(size=(QUERIES["train"], 5)).astype(np.float32))
     assert teacher.main(["--root", str(root)]) == 0
+    assert finite_step.main(["--root", str(root), "--step", "1e-9"]) == 0
     return root
 
 
@@ -115,6 +119,30 @@ def test_scores_are_products_of_the_mean_gradients_of_all_passes(testbed):
     full = ScoreCollector(testbed, collect.ScoreConfig(sketch=size)).compute(Piece("scores", "2", 256, 300))
     expected = (query * image).sum() / query.norm()
     assert full["plain"][-2, 14] == pytest.approx(float(expected), rel=5e-3)
+
+
+def test_steps_are_scored_as_they_go(testbed):
+    """Both terms against whole weight gradients, for one image and the pooled gradient of one query."""
+    device, curvature = torch.device("cpu"), EKFAC.load(testbed.curvature)
+    source, config = testbed.load_source(device), StepConfig(fold=1)
+    query, image = testbed.query_examples("test", device).rows(2, 3), testbed.training_examples(device).rows(270, 271)
+    engine, draws = MeanGradients(source.denoiser, source.schedule), collect.CollectConfig().draws("test", 1000)
+    g = torch.stack([engine(query, draws, run) for run in range(2)]).mean((0, 1))
+    change = curvature.natural_gradient(curvature.rotated_gradients(g, query.text))[0]
+    found = [TrainingTerms(source.denoiser, source.schedule)(image, config.drawn(1000), run) for run in range(2)]
+    first = [(gradients[0].mT @ image.text[0] * change).sum() for gradients, _ in found]
+    squares = [(product[0].mT @ image.text[0] * change).sum().square() for _, part in found for product in part]
+
+    terms = StepCollector(testbed, config).compute(Piece("step", "0", 256, 300))
+    assert terms["first"][-2, 14] == pytest.approx(float(torch.stack(first).mean()), rel=5e-3)
+    assert terms["second"][-2, 14] == pytest.approx(float(torch.stack(squares).mean()), rel=2e-2)
+    assert terms["second_runs"].shape == (2, 7, 44)
+    np.testing.assert_allclose(terms["second_runs"][:, -2].mean(0), terms["second"][-2], rtol=0.5)
+
+
+def test_a_fold_that_does_not_divide_is_refused(collected, tmp_path, capsys):
+    assert collect.main(["steps", "--root", str(collected), "--fold", "7"]) == 2
+    assert "expected a divisor of" in capsys.readouterr().err
 
 
 def test_a_lost_piece_is_computed_again_to_the_same_numbers(collected):
@@ -190,19 +218,23 @@ def test_status_counts_pieces(collected, capsys):
     run("status", collected)
     printed = capsys.readouterr().out.splitlines()
     wanted = ["queries: 4 of 4 pieces", "pass 0: 2 of 2 pieces", "pass 1: 2 of 2 pieces"]
-    assert printed == [*wanted, "scores of 2 passes: 2 of 2 pieces"]
+    assert printed == [*wanted, "steps, pass 0: 2 of 2 pieces", "scores of 2 passes: 2 of 2 pieces"]
 
 
-@pytest.mark.parametrize("name", ["influence", "influence_plain"])
+@pytest.mark.parametrize("name", ["influence", "influence_normalised", "influence_plain"])
 def test_rankings_follow_the_scores(collected, testbed, name):
-    scores = teacher.load_scores(testbed, 2, "normalised" if name == "influence" else "plain")
+    if name == "influence":
+        first, second = (finite_step.load_terms(testbed, 1, term) for term in ("first", "second"))
+        scores = loss_change_at(first, second, 1e-9, IMAGES)
+    else:
+        scores = teacher.load_scores(testbed, 2, name.removeprefix("influence_"))
     test = load_rankings(collected / f"data/emoji/{name}_test.npz", IMAGES)
     assert test.rank.shape == (4, IMAGES)
     assert np.array_equal(test.rank[:, 0], scores[-4:].argmax(1))
     train = load_rankings(collected / f"data/emoji/{name}_train.npz", IMAGES)
     ordered = np.take_along_axis(scores[:70], train.rank.astype(int), 1)
     assert (np.diff(ordered, axis=1) <= 0).all()
-    assert train.rank.shape == (70, IMAGES if name == "influence" else 25)
+    assert train.rank.shape == (70, 25 if name == "influence_plain" else IMAGES)
 
 
 def test_the_papers_candidates_are_the_nearest_images():

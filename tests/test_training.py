@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from abu import training
 from abu.training import LoopConfig, batch_rows, learning_rate, train
 
 CPU = torch.device("cpu")
@@ -83,3 +86,13 @@ def test_the_rate_warms_up_and_falls():
 def test_a_run_needs_steps():
     with pytest.raises(ValueError, match="must be positive"):
         LoopConfig(steps=0)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_bfloat16_is_used_where_the_processor_has_it(tmp_path, monkeypatch, caplog, native):
+    monkeypatch.setattr(training, "computes_bfloat16", lambda device: native)
+    config = LoopConfig(steps=5, batch_size=4, warmup=1)
+    exact = train(new_model(), loss, 10, config, tmp_path / "exact", device=CPU)
+    found = train(new_model(), loss, 10, replace(config, bf16=True), tmp_path / "found", device=CPU)
+    assert (found == exact) is not native
+    assert ("computing in float32 instead" in caplog.text) is not native

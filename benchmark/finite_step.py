@@ -1,0 +1,101 @@
+"""Merges the loss changes after a finite unlearning step into the rankings that the project ships.
+
+    python -m abu.collect queries
+    python -m abu.collect steps --passes 2
+    python -m benchmark.finite_step         # writes data/emoji/influence_{train,val,test}.npz
+
+The score is τ at step α, the sum of both terms (`abu.second_order`). Its reliability is measured as that of the first
+order is (`benchmark.teacher`): two runs with independent noise on both sides, mAP(L) of one against the top L of the
+other, for both terms and for each alone; results/teacher/reliability.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import numpy as np
+
+from abu.collect import started_passes, step_plan, steps_folder
+from abu.plan import Collection
+from abu.second_order import STEP, loss_change_at
+from abu.testbed import SPLITS, Testbed, add_testbed_flags, testbed_from
+from benchmark.teacher import OTHERS, TOP, measure, training_candidates
+from fastgda.core import command_line, environment, load_npz, read_manifest, save_json, write_manifest
+from fastgda.dataset import default_levels
+from fastgda.metrics import chance
+from fastgda.rankings import from_scores, save_rankings
+
+COMMAND = "python -m benchmark.finite_step"
+
+
+def whole_step_passes(testbed: Testbed) -> int:
+    """How many passes, counted from the first, have all their pieces; `ValueError` if there is none."""
+    collection = Collection(steps_folder(testbed))
+    begun = started_passes(collection.folder, "step")
+    whole = [index for index in begun if not collection.missing(step_plan(testbed, range(index, index + 1)))]
+    if whole != list(range(len(whole))) or not whole:
+        raise ValueError(
+            f"{collection.folder}: expected whole passes from the first on, found {begun} begun and {whole} whole; "
+            "collect them with: python -m abu.collect steps"
+        )
+    return len(whole)
+
+
+def load_terms(testbed: Testbed, passes: int, key: str) -> np.ndarray:
+    """One array of the terms, joined along the training images (last axis), the mean over passes."""
+    folder, total = Collection(steps_folder(testbed)), np.zeros(())
+    for index in range(passes):
+        plan = step_plan(testbed, range(index, index + 1))
+        total = total + np.concatenate(
+            [load_npz(folder.path(p), (key,), "python -m abu.collect steps")[key] for p in plan], axis=-1
+        )
+    return (total / passes).astype(np.float32)
+
+
+def merge(testbed: Testbed, passes: int, step: float) -> dict:
+    """Writes the rankings of every split and returns the report."""
+    config = read_manifest(steps_folder(testbed))["config"]
+    images, counts = testbed.images, {split: len(testbed.query_captions(split)) for split in SPLITS}
+    levels, tests = default_levels("emoji", images), counts["test"]
+    draws = 2 * [config["bins"] * config["draws"] * passes]
+    first, second = (load_terms(testbed, passes, f"{term}_runs")[:, -tests:] for term in ("first", "second"))
+    teachers = {"both terms": loss_change_at(first, second, step, images), "first term": first, "second term": second}
+    report: dict = {"queries": counts, "passes": passes, "step": step}
+    report["chance"] = {str(level): round(chance(level, images), 4) for level in levels}
+    report["teachers"] = {name: measure(runs[None], name, draws[:1], levels) for name, runs in teachers.items()}
+    scores = loss_change_at(load_terms(testbed, passes, "first"), load_terms(testbed, passes, "second"), step, images)
+    start = 0
+    for split, count in counts.items():
+        part = scores[start : start + count]
+        part = part / part.std(1, keepdims=True)
+        start += count
+        rankings = training_candidates(part, TOP, OTHERS, seed=0) if split == "train" else from_scores(part)
+        path = testbed.data / f"influence_{split}.npz"
+        save_rankings(path, rankings)
+        row = report["teachers"]["both terms"][-1]
+        extra = {"reliability": row["mAP"], "reliability_draws": row["draws_per_run"]}
+        settings = {"teacher": "finite step", "step": step, "passes": passes} | config
+        write_manifest(path, settings, command=COMMAND, **extra)
+        print(f"{path}: {rankings.queries} queries, {rankings.candidates} images each")
+    return report
+
+
+@command_line
+def main(argv: list[str] | None = None) -> None:
+    """Command line: see the module's docstring."""
+    shown = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__, formatter_class=shown)
+    add_testbed_flags(parser)
+    parser.add_argument("--step", type=float, default=STEP, help="α in eq. 1 (default: %(default)s)")
+    parser.add_argument("--passes", type=int, help="merge the first so many passes (default: all whole passes)")
+    args = parser.parse_args(argv)
+    if args.step <= 0:
+        raise ValueError(f"--step: expected a positive number, found {args.step}")
+    testbed = testbed_from(args)
+    report = merge(testbed, args.passes or whole_step_passes(testbed), args.step)
+    save_json(testbed.root / "results/teacher/reliability.json", report | {"environment": environment()})
+
+
+if __name__ == "__main__":
+    sys.exit(main())
