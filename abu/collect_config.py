@@ -1,7 +1,4 @@
-"""What a collection's pieces depend on: recorded in the manifests of its folders, which never mix two settings.
-
-What was added later is a class of its own, so that folders of the settings before it still match.
-"""
+"""What a collection's pieces depend on: recorded in the manifests of its folders, which never mix two settings."""
 
 from __future__ import annotations
 
@@ -51,14 +48,9 @@ class ScoreConfig:
     bin_weights: tuple[float, ...] = (0.07, 0.08, 0.1, 0.2, 0.55)
     """Weights of the timestep bins in the normalised teacher, the clean end first: the inverse of the noise in a
     bin's cosines, measured between two runs on validation queries."""
-
-
-@dataclass(frozen=True)
-class RoundedScoreConfig(ScoreConfig):
-    """The same with queries in fewer bits and, for 16 (bfloat16), products of such numbers."""
-
-    query_bits: int = 8
-    """8 or 16; what that costs in rank is measured by `python -m benchmark.compression`."""
+    query_bits: int = 32
+    """Bits of a query's numbers: 32, 8, or 16 (bfloat16, products too); what fewer cost in rank is measured by
+    `python -m benchmark.compression`."""
 
 
 @dataclass(frozen=True)

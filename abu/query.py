@@ -21,10 +21,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from abu.amortised import RUNS, Examples, MeanGradients, QueryMatrix
-from abu.collect import BATCH, CollectConfig, whole_passes
+from abu.collect_config import CollectConfig
+from abu.collectors import BATCH
 from abu.curvature import EKFAC
 from abu.draws import DrawConfig
 from abu.models import SourceModel
+from abu.stages import whole_passes
 from abu.store import GradientStore, StoreConfig, open_store, unit_vectors
 from abu.testbed import SPLITS, Testbed, add_testbed_flags, testbed_from
 from abu.tiles import MEMORY_GB, tiles

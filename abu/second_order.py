@@ -32,8 +32,6 @@ from abu.draws import DrawConfig
 from abu.keyvalue import OutputGradients
 from fastgda.core import keyed_generator
 
-STEP = 0.1
-"""α of the testbed's teacher: losses change by about one part in a hundred (`python -m benchmark.exact`)."""
 Array = TypeVar("Array", np.ndarray, Tensor)
 
 

@@ -17,11 +17,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from abu.amortised import Compression, QueryMatrix, Sketch
-from abu.collect import CollectConfig, ScoreConfig, folder_of, training_plan, whole_passes
+from abu.collect_config import CollectConfig, ScoreConfig
 from abu.compress import Quantised, Truncation
 from abu.curvature import CHUNK, EKFAC, DiagonalFisher
 from abu.gradients import load_gradients
 from abu.plan import Collection, Piece
+from abu.stages import folder_of, training_plan, whole_passes
 from abu.testbed import Testbed
 from fastgda.core import load_npy, read_manifest, relative, save_npy, sha256_file
 

@@ -28,11 +28,15 @@ Change: TypeAlias = dict[str, Tensor]
 """Name of a key/value layer -> what is added to its weights [out, in], the last column to its bias if it has one."""
 
 
+STEP = 0.1
+"""α of the testbed's teacher: losses change by about one part in a hundred (`python -m benchmark.exact`)."""
+
+
 @dataclass(frozen=True)
 class UnlearnConfig:
     """How a query is unlearned."""
 
-    step: float = 0.01
+    step: float = STEP
     """α of eq. 1, which is divided by N; with --newton η, which is not."""
     steps: int = 1
     """Steps, each along the gradient at the weights that the last one left."""

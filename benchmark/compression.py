@@ -26,11 +26,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from abu.amortised import Compression, QueryMatrix, Sketch
-from abu.collect import CollectConfig, folder_of, query_plan, whole_passes
+from abu.collect_config import CollectConfig
 from abu.compress import Quantised, SignalSums, Truncation
 from abu.curvature import CHUNK, EKFAC, DiagonalFisher
 from abu.gradients import load_gradients
 from abu.plan import Collection
+from abu.stages import folder_of, query_plan, whole_passes
 from abu.store import GradientStore, StoreConfig
 from abu.testbed import Testbed, add_testbed_flags, testbed_from
 from benchmark.figures import plt, save_figure

@@ -2,9 +2,11 @@
 
     python -m benchmark.exact --queries 10 --steps 0.01 0.1 1      # resumable; results/teacher/exact.json
 
-Both sides use the same query gradient and the same draws of (t, ε) for each training image, so what is compared is the
-linearisation alone. For each step: Spearman and overlap at L between the two, the size of the loss change against the
-loss, and the floating-point noise of the exact form (float32 against float64 on a sample of the images).
+All sides use the same query gradient and the same draws of (t, ε) for each training image, so what is compared is the
+expansion alone: its first term ⟨w, ∇𝓛⟩, and both terms (`abu.second_order`), with ‖Jw‖² as it is when so many random
+signs are drawn that their noise is gone. For each step: Spearman and overlap at L with the exact ranking, the size of
+the loss change against the loss, and the floating-point noise of the exact form (float32 against float64 on a sample of
+the images).
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from abu.draws import DrawConfig
 from abu.influence import ExactInfluence, all_draws, mean_losses
 from abu.keyvalue import OutputGradients
 from abu.loss_draws import LossDraws
+from abu.second_order import loss_change_at
 from abu.sweep import SweepConfig
 from abu.testbed import Testbed, add_testbed_flags, testbed_from
 from abu.unlearn import UnlearnConfig, moved_model, natural_step, query_gradient
@@ -34,7 +37,9 @@ from fastgda.dataset import default_levels
 from fastgda.metrics import overlap, spearman
 from fastgda.rankings import from_scores
 
-SHARD = 512
+SHARD, BATCH = 512, 64
+SMALL = 1e-3
+"""α of the step by which ‖Jw‖² is measured."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +50,9 @@ class ExactConfig:
     """The first so many test queries."""
     steps: tuple[float, ...] = (0.01, 0.1, 1.0)
     """Values of α in eq. 1."""
-    bins: int = 2
+    bins: int = 1
     """Timestep bins, one draw of (t, ε) in each for every training image."""
-    query_draws: int = 20
+    query_draws: int = 40
     """Draws per bin for the query's gradient."""
     float64_images: int = 256
     """Images on which float32 is compared with float64."""
@@ -76,8 +81,22 @@ def first_order(
     return total / (draws.bins * draws.draws)
 
 
+@torch.no_grad()
+def output_changes(
+    model: nn.Module, moved: list[nn.Module], schedule: NoiseSchedule, examples: Examples, draws: DrawConfig
+) -> Tensor:
+    """Mean square over elements of the change of the output, E ‖f_moved − f‖² / n [Q, B], for each of the models."""
+    total = torch.zeros(len(moved), len(examples.ids))
+    for timesteps, noise in all_draws(draws, examples, 0):
+        noisy, _ = schedule.noised(examples.latents, noise, timesteps)
+        output = model(noisy, timesteps, examples.text).sample
+        for row, other in zip(total, moved, strict=True):
+            row += (other(noisy, timesteps, examples.text).sample - output).square().flatten(1).mean(1).cpu()
+    return total / (draws.bins * draws.draws)
+
+
 def collect(exact: ExactInfluence, testbed: Testbed, folder: Path, config: ExactConfig) -> None:
-    """Writes a piece for every shard of training images: before [B], after [steps, Q, B], amortised [Q, B]."""
+    """Writes a piece for every shard of training images: before [B], after [steps, Q, B], first and second [Q, B]."""
     model, schedule, curvature = exact.model, exact.schedule, exact.curvature
     device = exact.sweep.device
     examples, queries = testbed.training_examples(device), testbed.query_examples("test", device)
@@ -90,21 +109,24 @@ def collect(exact: ExactInfluence, testbed: Testbed, folder: Path, config: Exact
         natural_step(curvature, gradient, step / len(examples.ids)) for step in config.steps for gradient in gradients
     ]
     rotated = torch.stack([gradient[0] for gradient in gradients])
+    # so small that the output moves in proportion, and a hundred times what float32 rounds away
+    small = SMALL / len(examples.ids)
+    nearby = [moved_model(model, natural_step(curvature, gradient, small)) for gradient in gradients]
     for start in tqdm(range(0, len(examples.ids), SHARD), desc="exact", unit="shard"):
         path = folder / f"exact_{start:06d}.npz"
         if path.is_file():
             continue
         batch = examples.rows(start, start + SHARD)
         losses = exact.sweep.losses(batch.ids, [None, *changes])[..., 0]
-        amortised = [
-            first_order(model, schedule, curvature, rotated, batch.rows(low, low + 64), draws)
-            for low in range(0, len(batch.ids), 64)
-        ]
+        parts = [batch.rows(low, low + BATCH) for low in range(0, len(batch.ids), BATCH)]
+        first = [first_order(model, schedule, curvature, rotated, part, draws) for part in parts]
+        second = [output_changes(model, nearby, schedule, part, draws) / small**2 for part in parts]
         save_npz(
             path,
             before=losses[0],
             after=losses[1:].reshape(len(config.steps), config.queries, -1),
-            amortised=torch.cat(amortised, 1).numpy(),
+            first=torch.cat(first, 1).numpy(),
+            second=torch.cat(second, 1).numpy(),
         )
     if not (folder / "float64.npz").is_file():
         few, middle = examples.rows(0, config.float64_images), changes[:: config.queries]
@@ -117,29 +139,36 @@ def collect(exact: ExactInfluence, testbed: Testbed, folder: Path, config: Exact
 
 def summarise(folder: Path, config: ExactConfig) -> list[dict]:
     """One row for each step size."""
-    pieces = [load_npz(path, ("before", "after", "amortised")) for path in sorted(folder.glob("exact_*.npz"))]
-    before, after, amortised = (
-        np.concatenate([p[key] for p in pieces], -1) for key in ("before", "after", "amortised")
-    )
+    keys = ("before", "after", "first", "second")
+    pieces = [load_npz(path, keys) for path in sorted(folder.glob("exact_*.npz"))]
+    before, after, first, second = (np.concatenate([p[key] for p in pieces], -1) for key in keys)
     noise = load_npz(folder / "float64.npz", ("single", "double"))
-    levels, rows = default_levels("emoji", len(before)), []
+    images, rows = len(before), []
     for index, step in enumerate(config.steps):
         change = after[index] - before
         single, double = (noise[key][1 + index] - noise[key][0] for key in ("single", "double"))
-        shared = overlap(amortised, from_scores(change).rank, levels).mean(0)
-        order = spearman(amortised, from_scores(change).rank)
         rows.append(
             {
                 "step": step,
-                "spearman": round(float(order.mean()), 4),
-                "spearman_min": round(float(order.min()), 4),
-                "overlap": dict(zip(map(str, levels), shared.round(4).tolist(), strict=True)),
+                "first_term": agreement(first, change),
+                "both_terms": agreement(loss_change_at(first, second, step, images), change),
                 "relative_change": float(np.abs(change).mean() / before.mean()),
                 "float32_noise": float(np.std(single - double) / np.std(double)),
             }
         )
         print(rows[-1])
     return rows
+
+
+def agreement(amortised: np.ndarray, exact: np.ndarray) -> dict:
+    """Spearman and overlap at L of the rankings of two scores [Q, N], means over queries."""
+    levels, truth = default_levels("emoji", exact.shape[1]), from_scores(exact).rank
+    shared, order = overlap(amortised, truth, levels).mean(0), spearman(amortised, truth)
+    return {
+        "spearman": round(float(order.mean()), 4),
+        "spearman_min": round(float(order.min()), 4),
+        "overlap": dict(zip(map(str, levels), shared.round(4).tolist(), strict=True)),
+    }
 
 
 @command_line

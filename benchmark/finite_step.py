@@ -16,10 +16,11 @@ import sys
 
 import numpy as np
 
-from abu.collect import started_passes, step_plan, steps_folder
 from abu.plan import Collection
-from abu.second_order import STEP, loss_change_at
+from abu.second_order import loss_change_at
+from abu.stages import started_passes, step_plan, steps_folder
 from abu.testbed import SPLITS, Testbed, add_testbed_flags, testbed_from
+from abu.unlearn import STEP
 from benchmark.teacher import OTHERS, TOP, measure, training_candidates
 from fastgda.core import command_line, environment, load_npz, read_manifest, save_json, write_manifest
 from fastgda.dataset import default_levels

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from abu.amortised import Examples
 from abu.cluster import ClusterConfig, run_plan
-from abu.collect import examples_of
 from abu.curvature import Curvature
 from abu.estimate import Estimate, estimate
 from abu.fisher import CurvatureConfig, fit_testbed
@@ -25,6 +24,7 @@ from abu.kronfluence_files import load_curvature
 from abu.models import SourceModel, sampling_schedule
 from abu.plan import Collection, Piece, cut
 from abu.sample import SampleConfig
+from abu.stages import examples_of
 from abu.testbed import Testbed
 from benchmark.projected import FeatureConfig, ProjectedGradients
 from benchmark.retrain import JUDGED, load_reference, reference_file

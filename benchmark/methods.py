@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from abu.cluster import add_cluster_flags, cluster_from
-from abu.collect import whole_passes
+from abu.stages import whole_passes
 from abu.testbed import SPLITS, Testbed, testbed_from
 from benchmark.gradient_methods import METHODS, collect_method, foresee_method, method_scores, select_ridge
 from benchmark.lds import Judge

@@ -27,7 +27,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.optimize import least_squares
 
-from abu.collect import folder_of, pass_counts, whole_passes
+from abu.stages import folder_of, pass_counts, whole_passes
 from abu.testbed import Testbed, add_testbed_flags, testbed_from
 from benchmark.figures import plt, save_figure
 from benchmark.teacher import TEACHERS, measure, run_scores

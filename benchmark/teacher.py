@@ -1,4 +1,4 @@
-"""Merges first-order scores, those of steps that are infinitely small, into rankings, and measures how reliable they are.
+"""Merges first-order scores, those of infinitely small steps, into rankings, and measures how reliable they are.
 
     python -m feature_extraction.extract --ftype effnet     # features that the paper's candidates are taken from
     python -m abu.collect scores
@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from abu.collect import folder_of, pass_counts, score_plan, scores_folder, whole_passes
 from abu.plan import Collection
+from abu.stages import folder_of, pass_counts, score_plan, scores_folder, whole_passes
 from abu.testbed import SPLITS, Testbed, add_testbed_flags, testbed_from
 from fastgda.core import command_line, environment, load_npy, load_npz, read_manifest, save_json, write_manifest
 from fastgda.dataset import default_levels, layout, load_images, normalise
@@ -29,7 +29,7 @@ from fastgda.rankings import Rankings, from_scores, save_rankings, top
 
 TEACHERS = {"normalised": "influence_normalised", "plain": "influence_plain"}
 TOP, OTHERS = 1024, 1024
-"""What is kept for a training query, except by the plain teacher: the first of its ranking, and a sample of the rest."""
+"""What is kept for a training query but by the plain teacher: the first of its ranking, and a sample of the rest."""
 NEIGHBOURS, NEIGHBOUR_FTYPE = 10_000 / 118_287, "effnet"
 """The paper's candidates, which the plain teacher keeps: this share of the training set, nearest to the query in an
 image feature (the paper takes DINO)."""

@@ -5,9 +5,9 @@
 #   SMOKE=1 bash scripts/train_rankers.sh      one epoch each, to see that everything runs; tables under runs/smoke
 #
 # Writes weights/emoji_effnet+minilm.pth, runs/rankers/*.pth, and in results/ranker: features.{csv,json} (untuned against
-# tuned, judged by the normalised teacher), recipes.{csv,json} and recipes_plain.{csv,json} (the best recipe against the
-# paper's: plain AbU+, K-NN candidates, binary cross-entropy; judged by the normalised and by the plain teacher). The
-# paper's pairs are drawn in blocks of queries x images, as the best recipe's are: one by one they would take an hour.
+# tuned, judged by the teacher of a finite step), recipes.{csv,json} and recipes_plain.{csv,json} (the best recipe against
+# the paper's: first-order AbU+, K-NN candidates, binary cross-entropy; judged by the finite step and by the first order).
+# The paper's pairs are drawn in blocks of queries x images, as the best recipe's are: one by one they would take an hour.
 # A ranker that is up to date is not trained again; after Ctrl-C the same command goes on.
 # Expect: tuned above untuned for every feature, and effnet+minilm above its parts.
 set -euo pipefail
@@ -40,7 +40,7 @@ step "ranker on $main, the paper's recipe" python train.py --ftype "$main" --rec
 
 step "features, untuned against tuned" python eval.py --ftype "${features[@]}" --checkpoint "${checkpoints[@]}" \
     --output "$results/features"
-step "recipes, normalised teacher" python eval.py --ftype "$main" --checkpoint "$shipped" "$rankers/paper.pth" \
+step "recipes, judged by the finite step" python eval.py --ftype "$main" --checkpoint "$shipped" "$rankers/paper.pth" \
     --output "$results/recipes"
-step "recipes, plain teacher" python eval.py --ftype "$main" --checkpoint "$shipped" "$rankers/paper.pth" \
+step "recipes, judged by the first order" python eval.py --ftype "$main" --checkpoint "$shipped" "$rankers/paper.pth" \
     --rank_file "${plain}_test.npz" --train_rank_file "${plain}_train.npz" --output "$results/recipes_plain"

@@ -19,10 +19,10 @@ import pytest
 import torch
 from PIL import Image
 
-from abu import collect
+from abu import collect, stages
 from abu.amortised import MeanGradients
-from abu.collect import ScoreCollector, StepCollector
 from abu.collect_config import StepConfig
+from abu.collectors import ScoreCollector, StepCollector
 from abu.curvature import EKFAC
 from abu.gradients import load_gradients, pack, unpack
 from abu.models import Autoencoder, AutoencoderConfig, DiffusionConfig, SourceModel, build_denoiser, save_source
@@ -175,7 +175,7 @@ def test_a_piece_of_other_captions_is_refused(testbed, tmp_path):
     text = testbed.training_examples(torch.device("cpu")).text[:256].clone()
     text[3, -1] = 0
     with pytest.raises(ValueError, match=r"pass_0_000000.npz: gradients: expected 4095 tokens .*, found 4096"):
-        load_gradients(collect.folder_of(testbed) / "pass_0_000000.npz", text, "")
+        load_gradients(stages.folder_of(testbed) / "pass_0_000000.npz", text, "")
 
 
 def test_gradients_at_padding_are_not_kept_and_the_rest_comes_back():

@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from small_collection import IMAGES, QUERIES, small_collection
 
-from abu import collect, query
+from abu import collect, query, stages
 from abu.amortised import QueryMatrix, Sketch, score_block
-from abu.collect import ScoreCollector, ScoreConfig
+from abu.collect_config import ScoreConfig
+from abu.collectors import ScoreCollector
 from abu.compress import Quantised, SignalSums, Truncation
 from abu.curvature import EKFAC
 from abu.gradients import stored_vectors
@@ -46,7 +47,7 @@ def whole(testbed):
     """(number of weights, scores [Q, N] that `abu.collect scores` makes without compression)."""
     size = EKFAC.load(testbed.curvature).eigenvalues.numel()
     collector = ScoreCollector(testbed, ScoreConfig(sketch=size))
-    pieces = [collector.compute(piece) for piece in collect.score_plan(testbed, 2)]
+    pieces = [collector.compute(piece) for piece in stages.score_plan(testbed, 2)]
     return size, {name: np.concatenate([p[name] for p in pieces], 1) for name in ("plain", "normalised")}
 
 
@@ -222,13 +223,13 @@ def test_measured_functions_have_a_folder_of_their_own(root, testbed, capsys):
     measure = "average"
     for stage in ("queries", "training"):
         assert collect.main([stage, "--root", str(root), "--measure", measure]) == 0
-    folder = collect.folder_of(testbed, measure)
+    folder = stages.folder_of(testbed, measure)
     assert read_manifest(folder)["config"]["measure"] == measure
-    assert "measure" not in read_manifest(collect.folder_of(testbed))["config"]
+    assert "measure" not in read_manifest(stages.folder_of(testbed))["config"]
     assert collect.main(["scores", "--root", str(root), "--measure", measure, "--sketch", "384"]) == 0
     assert collect.main(["status", "--root", str(root), "--measure", measure]) == 0
     assert "scores of 1 passes: 3 of 3 pieces" in capsys.readouterr().out
-    path = collect.scores_folder(testbed, measure) / "scores_1_000016.npz"
+    path = stages.scores_folder(testbed, measure) / "scores_1_000016.npz"
     das = load_npz(path, ("das",))["das"]
     losses = load_npz(folder / "pass_0_000016.npz", ("losses",))["losses"].mean(0)
     collector = ScoreCollector(testbed, ScoreConfig(sketch=384), measure)
