@@ -106,7 +106,7 @@ RECIPES = {
         temperature=1.0,
         sampling="blocks",
         outlier_prob=0.5,
-        epochs=40,
+        epochs=20,
         schedule="cosine",
         val_every=5,
     ),
