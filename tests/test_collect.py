@@ -28,7 +28,7 @@ from abu.gradients import load_gradients, pack, unpack
 from abu.models import Autoencoder, AutoencoderConfig, DiffusionConfig, SourceModel, build_denoiser, save_source
 from abu.plan import Piece
 from abu.sample import QUERY_SCHEMA
-from abu.second_order import TrainingTerms, loss_change_at
+from abu.second_order import TrainingTerms, TwoFolds, loss_change_at
 from abu.testbed import TESTBEDS
 from benchmark import finite_step, teacher
 from fastgda.core import ROOT, load_npz, read_manifest, save_npy, sha256_file
@@ -140,9 +140,11 @@ def test_steps_are_scored_as_they_go(testbed):
     assert not np.array_equal(*terms["second_runs"])
 
 
-def test_a_fold_that_does_not_divide_is_refused(collected, tmp_path, capsys):
+def test_a_fold_that_does_not_divide_is_refused(collected, capsys):
     assert collect.main(["steps", "--root", str(collected), "--fold", "7"]) == 2
-    assert "expected a divisor of" in capsys.readouterr().err
+    assert "config.fold is 8, wanted 7" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"--fold: expected a divisor of the \d+ weights, found 7"):
+        TwoFolds.of(EKFAC.load(replace(TESTBEDS["emoji"], root=collected).curvature), 7)
 
 
 def test_a_lost_piece_is_computed_again_to_the_same_numbers(collected):

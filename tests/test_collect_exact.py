@@ -155,7 +155,7 @@ def test_order_of_the_pieces_does_not_matter(root, tmp_path, lists):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--step", "0.02"), "config.step is 0.01, wanted 0.02"),
+        (("--step", "0.02"), "config.step is 0.1, wanted 0.02"),
         (("--bf16",), "config.bf16 is False, wanted True"),
         (("--k", "5"), "config.k is None, wanted 5"),
         (("--captions", "3"), "--captions: expected at most 1, found 3"),
