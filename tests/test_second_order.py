@@ -62,7 +62,7 @@ def test_products_with_all_unit_vectors_give_the_change_of_the_output():
     elements = noisy[0].numel()
     units = torch.eye(elements, dtype=torch.float64).view(elements, 1, *noisy.shape[1:])
     products = OutputGradients(tiny.denoiser).products(
-        noisy, timesteps, tiny.training.text, lambda output: units.expand(-1, 3, -1, -1, -1)
+        noisy, timesteps, tiny.training.text, lambda output: units.expand(-1, 3, -1, -1, -1).unbind()
     )
     moved = [((g.mT @ tiny.training.text) * change).sum((1, 2)) for g in products]
     expected = output_change(tiny, change, noisy, timesteps, tiny.training.text)
