@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import test_collect
 
-from abu import collect
+from abu import collect, stages
 from abu.draws import DrawConfig
 
 IMAGES, QUERIES = 24, {"train": 2, "val": 2, "test": 3}
@@ -26,7 +26,7 @@ def small_collection(root: Path, passes: int = 1) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(test_collect, "IMAGES", IMAGES)
         patch.setattr(test_collect, "QUERIES", QUERIES)
-        patch.setattr(collect, "TRAINING_PIECE", 8)
+        patch.setattr(stages, "TRAINING_PIECE", 8)
         patch.setattr(collect.CollectConfig, "draws", few_draws)
         test_collect.write_testbed(root)
         for stage in ("curvature", "queries"):
