@@ -29,6 +29,8 @@ from fastgda.core import keyed_generator
 
 RUNS = 2
 """Independent halves of the draws."""
+PIECE = 8192
+"""Numbers of a vector that are summed in a type narrower than float32."""
 SMALLEST = 1e-12
 """Norm below which a gradient counts as zero."""
 
@@ -157,17 +159,30 @@ class QueryMatrix:
         )
 
 
+def inner_products(queries: Tensor, vectors: Tensor) -> Tensor:
+    """Inner products [Q, B] of `queries` [Q, size] and `vectors` [B, size], float32 or better.
+
+    Numbers are multiplied in the type of `queries`. With one narrower than float32 they are summed piece by piece, so
+    that their sum is not rounded to it: ranks within a few significant bits would be ties.
+    """
+    if queries.dtype in (torch.float32, torch.float64):
+        return queries @ vectors.to(queries.dtype).mT
+    total = torch.zeros(len(queries), len(vectors), device=queries.device)
+    for left, right in zip(queries.split(PIECE, 1), vectors.to(queries.dtype).split(PIECE, 1), strict=True):
+        total += left @ right.mT
+    return total
+
+
 def score_block(queries: QueryMatrix, vectors: Tensor) -> tuple[Tensor, Tensor]:
     """Scores of B training images with sketched gradients [bins, B, sketch].
 
     Returns (plain [Q, B], the normalised teacher's term of each bin [bins, Q, B]), float32 or better.
     """
-    dtype = queries.plain.dtype
-    plain = queries.plain @ vectors.mean(0).to(dtype).mT
+    plain = inner_products(queries.plain, vectors.mean(0))
     # One product a bin: a batched one would first copy queries that do not lie side by side. Images are not scaled to
     # norm one but their products are, which moves fewer bytes.
     terms = [
-        at_least_float32(query @ image.to(dtype).mT) / at_least_float32(image.norm(dim=-1)).clamp(min=SMALLEST)
+        inner_products(query, image) / at_least_float32(image.norm(dim=-1)).clamp(min=SMALLEST)
         for query, image in zip(queries.normalised, vectors, strict=True)
     ]
-    return at_least_float32(plain), torch.stack(terms)
+    return plain, torch.stack(terms)

@@ -64,10 +64,16 @@ class StepConfig:
     fold: int = 8
     """Numbers of a whitened gradient that are added up to one for the squares."""
     seed: int = 0
+    query_bits: int = 32
+    """Bits of a number in products: 32, or 16 (bfloat16)."""
     query_bins: int = CollectConfig.bins
     query_draws: int = CollectConfig.query_draws
     judged_query_draws: int = CollectConfig.judged_query_draws
     """How the queries' gradients were collected."""
+
+    def __post_init__(self) -> None:
+        if self.query_bits not in (16, 32):
+            raise ValueError(f"--query_bits: expected 16 or 32 for steps, found {self.query_bits}")
 
     def drawn(self, timesteps: int) -> DrawConfig:
         """Draws of one run and pass."""

@@ -110,11 +110,12 @@ class StepCollector:
 
     def _queries(self) -> tuple[StepVectors, list[StepVectors]]:
         """(all queries, those of validation and test by run), in the order of the splits."""
+        dtype = torch.bfloat16 if self.config.query_bits == 16 else torch.float32
         pooled, halves = [], []
         for compression in (self.whole, self.folded):
             runs = {split: torch.cat(list(self._vectors(split, compression)), 1) for split in SPLITS}
-            pooled.append(torch.cat([run.mean(0) for run in runs.values()]))
-            halves.append(torch.cat([run for split, run in runs.items() if split != "train"], 1))
+            pooled.append(torch.cat([run.mean(0) for run in runs.values()]).to(dtype))
+            halves.append(torch.cat([run for split, run in runs.items() if split != "train"], 1).to(dtype))
         return StepVectors(pooled[0], [pooled[1]]), [
             StepVectors(whole, [folded]) for whole, folded in zip(*halves, strict=True)
         ]

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from abu.amortised import Examples, Sketch
+from abu.amortised import Examples, Sketch, inner_products
 from abu.curvature import DiagonalFisher
 from abu.diffusion_loss import NoiseSchedule, at_least_float32
 from abu.draws import DrawConfig
@@ -117,10 +117,11 @@ class StepVectors:
 
 def loss_terms(queries: StepVectors, images: StepVectors) -> tuple[Tensor, Tensor]:
     """(first, second) [Q, B] of `loss_change_at` for every query and training image."""
-    first = queries.whole @ images.whole.mT
+    first = inner_products(queries.whole, images.whole)
     (folded,) = queries.folded
     second = torch.zeros_like(first)
     for vectors in images.folded:
-        left, right = (q @ v.mT for q, v in zip(folded.chunk(2, 1), vectors.chunk(2, 1), strict=True))
+        halves = zip(folded.chunk(2, 1), vectors.chunk(2, 1), strict=True)
+        left, right = (inner_products(query, image) for query, image in halves)
         second += left * right
     return first, second / len(images.folded)

@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 from scipy.stats import spearmanr
 from tiny_teacher import tiny_teacher
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from abu.amortised import Examples, Sketch, sketched
+from abu.amortised import PIECE, Examples, Sketch, inner_products, sketched
+from abu.collect_config import StepConfig
 from abu.curvature import Curvature
 from abu.draws import DrawConfig
 from abu.influence import mean_losses
@@ -144,3 +146,20 @@ def test_two_terms_follow_the_exact_loss_change_where_one_does_not(tmp_path):
 def test_any_step_comes_from_the_two_terms():
     first, second = np.array([[1.0, -2.0]]), np.array([[0.5, 4.0]])
     np.testing.assert_allclose(loss_change_at(first, second, 2.0, 4), [[0.625, 0.0]])
+
+
+def test_products_in_bfloat16_are_not_rounded_to_it():
+    generator = torch.Generator().manual_seed(0)
+    queries = torch.randn(4, 3 * PIECE + 100, generator=generator)
+    vectors = torch.randn(50, queries.shape[1], generator=generator) + queries[:1]
+    exact = queries.double() @ vectors.double().mT
+    found = inner_products(queries.bfloat16(), vectors)
+    assert found.dtype == torch.float32
+    assert (found - exact).norm() < 3e-3 * exact.norm()
+    assert len(found[0].unique()) == len(vectors) > len(found[0].bfloat16().unique())
+    torch.testing.assert_close(inner_products(queries.double(), vectors), exact, rtol=1e-12, atol=0)
+
+
+def test_steps_take_bits_that_products_are_made_in():
+    with pytest.raises(ValueError, match="--query_bits: expected 16 or 32 for steps, found 8"):
+        StepConfig(query_bits=8)
