@@ -1,11 +1,12 @@
-"""Unlearning and first-order influence for layers that read several inputs, as in a joint attention (SD3).
+"""Unlearning and amortised influence for layers that read several inputs, as in a joint attention (SD3).
 
 The gradient of a layer is ∇W = Σ_positions gᵀa. In cross-attention a is the text itself, so the mean over draws of
 (t, ε) may be taken on g alone [T, out], once for all layers: that is what `abu.amortised` stores. A joint attention
 modulates the text's hidden states by t and, from the second block on, mixes them with the latents; a U-Net's text may
 also pass a projection. Then a differs from layer to layer, and in the first case from draw to draw too, and only the
 product can be averaged: [out, in] numbers of each layer are kept while an example's draws are summed. What stays
-amortised is the pass through the network: it still scores every query, τ(ẑ, z) = ⟨Δθ_ẑ, ∇𝓛(z, θ0)⟩.
+amortised is the pass through the network: it still scores every query, τ(ẑ, z) = ⟨Δθ_ẑ, ∇𝓛(z, θ0)⟩ to first order,
+and with the squares of `abu.second_order` to second.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +26,7 @@ from abu.diffusion_loss import NoiseSchedule, at_least_float32
 from abu.draws import DrawConfig
 from abu.keyvalue import is_beginning
 from abu.layers import GroupGradients, LayerGradients, add_to_weights, select_layers
+from abu.second_order import random_signs, slope_and_signs
 
 Changes = Mapping[str, Tensor]
 """Name of a layer -> matrices [..., out, in], the bias as last column."""
@@ -39,7 +42,7 @@ class WeightGradients:
         """Name -> ∇W [B, out, in] of each example, the mean over all bins, draws and runs."""
         total: dict[str, Tensor] = {}
         shared: dict[tuple[str, ...], GroupGradients] = {}
-        for timesteps, noise in _all_draws(examples, draws, runs):
+        for timesteps, noise, _ in _all_draws(examples, draws, runs):
             noisy, target = self.schedule.noised(examples.latents, noise, timesteps)
             for group in self.engine(noisy, target, timesteps, examples.text)[0]:
                 if is_beginning(group.inputs, examples.text):
@@ -54,15 +57,20 @@ class WeightGradients:
 
 
 def _add(total: dict[str, Tensor], group: GroupGradients) -> None:
-    product = group.outputs.mT @ at_least_float32(group.inputs)
-    for name, matrix in zip(group.names, product.split(group.sizes, dim=1), strict=True):
+    for name, matrix in _matrices(group):
         total[name] = total[name] + matrix if name in total else matrix
 
 
-def _all_draws(examples: Examples, draws: DrawConfig, runs: range) -> Iterator[tuple[Tensor, Tensor]]:
+def _matrices(group: GroupGradients) -> Iterator[tuple[str, Tensor]]:
+    product = group.outputs.mT @ at_least_float32(group.inputs)
+    return zip(group.names, product.split(group.sizes, dim=1), strict=True)
+
+
+def _all_draws(examples: Examples, draws: DrawConfig, runs: range) -> Iterator[tuple[Tensor, Tensor, tuple]]:
     for run in runs:
         for bin_index in range(draws.bins):
-            yield from examples.draws(draws, run, bin_index)
+            for index, (timesteps, noise) in enumerate(examples.draws(draws, run, bin_index)):
+                yield timesteps, noise, (run, bin_index, index)
 
 
 def unlearning_steps(curvature: Curvature, gradients: Changes, step: float, images: int) -> dict[str, Tensor]:
@@ -98,3 +106,38 @@ def first_order_scores(
         terms = [changes[name].to(matrix).flatten(1) @ matrix.flatten(1).mT for name, matrix in found.items()]
         parts.append(torch.stack(terms).sum(0))
     return torch.cat(parts, dim=1)
+
+
+def second_order_scores(
+    gradients: WeightGradients,
+    examples: Examples,
+    changes: Changes,
+    draws: DrawConfig,
+    *,
+    runs: range = range(1),
+    batch_size: int = 8,
+) -> Tensor:
+    """⟨Δθ_ẑ, ∇𝓛(z, θ0)⟩ + E‖JΔθ_ẑ‖² / n [Q, B], as `first_order_scores`; the squares by one random sign in each draw.
+
+    All layers' changes of the output are added up before they are squared: one step moves all of them.
+    """
+    parts = []
+    for start in tqdm(range(0, len(examples.ids), batch_size), desc="second order", unit="batch", mininterval=1.0):
+        few, terms = examples.rows(start, start + batch_size), []
+        for timesteps, noise, place in _all_draws(few, draws, runs):
+            noisy, target = gradients.schedule.noised(few.latents, noise, timesteps)
+            directions = partial(slope_and_signs, target=target, signs=random_signs(draws, few, *place))
+            slope, product = gradients.engine.products(noisy, timesteps, few.text, directions)
+            terms.append(_along(changes, slope) + _along(changes, product).square())
+        parts.append(torch.stack(terms).mean(0))
+    return torch.cat(parts, dim=1)
+
+
+def _along(changes: Changes, groups: list[GroupGradients]) -> Tensor:
+    """⟨Δθ, Jᵀv⟩ [Q, B]."""
+    terms = [
+        changes[name].to(matrix).flatten(1) @ matrix.flatten(1).mT
+        for group in groups
+        for name, matrix in _matrices(group)
+    ]
+    return torch.stack(terms).sum(0)

@@ -1,14 +1,15 @@
-"""Scores training pictures of any source model for queries: first order, or by the exact loss change.
+"""Scores training pictures of any source model for queries: by an expansion of the loss change, or the exact one.
 
     python -m abu.score --source data/coco/model.bin --trainset data/coco/trainset --curvature data/coco/ekfac_fisher \\
         --queries data/coco/query_test --output scores.npz --query 0 1 2 --stop 1000
     python -m abu.score --source sd-v1-4/ --trainset laion-encoded --curvature sd-ekfac --queries generated \\
-        --settings stable-diffusion --output scores.npz --exact
+        --settings stable-diffusion --output scores.npz --change exact
 
 `--trainset` and `--queries` are folders that abu.encode_pictures wrote (or the released ones), `--curvature` what
 abu.fisher fit wrote for the same source. A picture's loss is averaged over stratified timesteps and its captions; of
 its unflipped and flipped view the larger score counts. Writes influence [Q, K], higher is more influential, of the
-training pictures ids [K]. First order, one pass over them serves all queries; exact, each query costs a pass.
+training pictures ids [K]. To first or second order in the step, one pass over them serves all queries; exact, each
+query costs a pass.
 """
 
 from __future__ import annotations
@@ -28,7 +29,14 @@ from abu.amortised import Examples
 from abu.curvature import Curvature
 from abu.draws import DrawConfig
 from abu.encoded import LATENTS, EncodedPictures
-from abu.grouped import Changes, WeightGradients, first_order_scores, moved, unlearning_steps
+from abu.grouped import (
+    Changes,
+    WeightGradients,
+    first_order_scores,
+    moved,
+    second_order_scores,
+    unlearning_steps,
+)
 from abu.influence import mean_losses
 from abu.kronfluence_files import load_curvature
 from abu.layers import select_layers
@@ -37,6 +45,9 @@ from abu.source import SETTINGS, PaperSettings, Source
 from fastgda.core import best_device, command_line, save_npz, sha256_file, write_manifest
 from fastgda.flags import add_flags, from_flags
 
+AMORTISED = {"first-order": first_order_scores, "second-order": second_order_scores}
+"""What one pass over the training pictures gives for all queries."""
+
 
 @dataclass(frozen=True)
 class ScoreConfig:
@@ -44,8 +55,8 @@ class ScoreConfig:
 
     settings: Literal["coco", "stable-diffusion"] = "coco"
     """Whose settings in the paper."""
-    exact: bool = False
-    """Whether the loss change of the unlearned model is measured, instead of its first order."""
+    change: Literal["first-order", "second-order", "exact"] = "second-order"
+    """The loss change: its expansion in the step, or measured on the unlearned model."""
     step: float | None = None
     """α of eq. 1."""
     images: int | None = None
@@ -105,6 +116,7 @@ def score(
     """τ [Q, K] of the training pictures `ids`: the mean over captions and draws, the maximum over views."""
     settings = config.resolved()
     draws = DrawConfig(settings.timesteps, 1, timesteps=len(source.schedule), seed=config.seed)
+    amortised = AMORTISED.get(config.change)
     gradients = WeightGradients(source.denoiser, source.schedule)
     captions = min(settings.captions, training.captions)
     views = []
@@ -113,9 +125,9 @@ def score(
         for caption in range(captions):
             examples = training.examples(ids, source.device, view=view, caption=caption)
             found = (
-                loss_changes(source, examples, steps, draws)
-                if config.exact
-                else first_order_scores(gradients, examples, steps, draws).cpu()
+                amortised(gradients, examples, steps, draws).cpu()
+                if amortised
+                else loss_changes(source, examples, steps, draws)
             )
             total = found if total is None else total + found
         assert total is not None

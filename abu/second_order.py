@@ -67,14 +67,15 @@ class TrainingTerms:
             for index, (timesteps, noise) in enumerate(examples.draws(draws, run, bin_index)):
                 noisy, target = self.schedule.noised(examples.latents, noise, timesteps)
                 signs = random_signs(draws, examples, run, bin_index, index)
-                directions = partial(_directions, target=target, signs=signs)
+                directions = partial(slope_and_signs, target=target, signs=signs)
                 slope, product = self.engine.products(noisy, timesteps, examples.text, directions)
                 slopes.append(slope)
                 products.append(product)
         return torch.stack(slopes).mean(0), products
 
 
-def _directions(output: Tensor, target: Tensor, signs: Tensor) -> list[Tensor]:
+def slope_and_signs(output: Tensor, target: Tensor, signs: Tensor) -> list[Tensor]:
+    """Directions of the output whose Jᵀv are the loss's gradient and the random one of the squares."""
     error = at_least_float32(output) - at_least_float32(target)
     return [error * (2 / error[0].numel()), signs]
 

@@ -74,7 +74,7 @@ def _options(entry: Field, hint: Any, docs: dict[str, str], default: Any) -> dic
     if get_origin(hint) is tuple:
         return {**options, "nargs": "*", "type": get_args(hint)[0]}
     if get_origin(hint) is Literal:
-        options["choices"] = get_args(hint)
+        options |= {"choices": get_args(hint), "type": type(get_args(hint)[0])}
     else:
         options["type"] = hint
     if "const" in entry.metadata:

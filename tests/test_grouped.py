@@ -1,18 +1,22 @@
-"""First-order influence of any source model: ⟨Δθ, ∇𝓛⟩ by autograd, and the exact loss change of a small step."""
+"""Influence of any source model: ⟨Δθ, ∇𝓛⟩ by autograd, the exact loss change of a small step, the output's change."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
 from tiny_pipelines import KINDS, tiny_pipeline
 
+from abu import grouped
 from abu.amortised import Examples
 from abu.curvature import EKFAC, Curvature
 from abu.draws import DrawConfig, draw
 from abu.fisher import CurvatureConfig, fit_curvature
-from abu.grouped import WeightGradients, first_order_scores, moved, unlearning_steps
+from abu.grouped import WeightGradients, first_order_scores, moved, second_order_scores, unlearning_steps
 from abu.influence import mean_losses
 from abu.layers import select_layers
+from abu.second_order import random_signs
 
 DRAWS, ONE = DrawConfig(bins=2, draws=2), DrawConfig(bins=1, draws=1)
 
@@ -71,6 +75,35 @@ def test_scores_are_the_small_step_limit_of_the_loss_change(tiny, steps):
     torch.testing.assert_close(after - before, found, rtol=1e-2, atol=1e-3 * found.abs().max().item())
     forgotten = mean_losses(models, source.schedule, tiny.query, DRAWS, progress=False)
     assert forgotten[1] > forgotten[0]
+
+
+def output_changes(tiny, steps) -> torch.Tensor:
+    """‖f(θ0 + Δθ) − f(θ0)‖² / n [B], averaged over all draws."""
+    training, source, total = tiny.training, tiny.source, []
+    models = [source.denoiser, moved(source.denoiser, {name: matrix[0] for name, matrix in steps.items()})]
+    for bin_index in range(DRAWS.bins):
+        for timesteps, noise in training.draws(DRAWS, 0, bin_index):
+            noisy, _ = source.schedule.noised(training.latents, noise, timesteps)
+            before, after = (model(noisy, timesteps, training.text).sample for model in models)
+            total.append((after - before).square().flatten(1).mean(1))
+    return torch.stack(total).mean(0)
+
+
+def test_squares_are_the_change_of_the_output_on_average_over_signs(tiny, steps):
+    gradients = WeightGradients(tiny.source.denoiser, tiny.source.schedule)
+    first = first_order_scores(gradients, tiny.training, steps, DRAWS)
+    signs = 60
+    found = []
+    for seed in range(signs):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                grouped, "random_signs", lambda draws, *place, s=seed: random_signs(replace(draws, seed=s), *place)
+            )
+            found.append(second_order_scores(gradients, tiny.training, steps, DRAWS, batch_size=5)[0] - first[0])
+    squares = torch.stack(found)
+    error = squares.std(0) / signs**0.5
+    assert (squares > 0).all() and (error < 0.5 * squares.mean(0)).all()
+    assert ((squares.mean(0) - output_changes(tiny, steps)).abs() < 4 * error).all()
 
 
 def test_several_queries_are_scored_as_each_alone(tiny, curvature):
