@@ -54,6 +54,11 @@ def load_terms(testbed: Testbed, passes: int, key: str) -> np.ndarray:
     return (total / passes).astype(np.float32)
 
 
+def load_changes(testbed: Testbed, passes: int, step: float = STEP) -> np.ndarray:
+    """τ [Q, N] of all queries after a step of α = `step`, the draws of all passes pooled."""
+    return loss_change_at(*(load_terms(testbed, passes, term) for term in ("first", "second")), step, testbed.images)
+
+
 def merge(testbed: Testbed, passes: int, step: float) -> dict:
     """Writes the rankings of every split and returns the report."""
     config = read_manifest(steps_folder(testbed))["config"]
@@ -65,7 +70,7 @@ def merge(testbed: Testbed, passes: int, step: float) -> dict:
     report: dict = {"queries": counts, "passes": passes, "step": step}
     report["chance"] = {str(level): round(chance(level, images), 4) for level in levels}
     report["teachers"] = {name: measure(runs[None], name, draws[:1], levels) for name, runs in teachers.items()}
-    scores = loss_change_at(load_terms(testbed, passes, "first"), load_terms(testbed, passes, "second"), step, images)
+    scores = load_changes(testbed, passes, step)
     start = 0
     for split, count in counts.items():
         part = scores[start : start + count]

@@ -2,7 +2,8 @@
 
     python -m benchmark.methods random pixel effnet minilm effnet+minilm
     python -m benchmark.methods tuned --checkpoint weights/emoji_effnet+minilm.pth
-    python -m benchmark.methods normalised plain                # the teacher's collected passes
+    python -m benchmark.methods finite-step                     # the teacher's collected steps
+    python -m benchmark.methods normalised plain                # the first-order teachers' collected passes
     python -m benchmark.methods normalised-knn plain-knn        # the same on K nearest images only (paper, Table 2)
     python -m benchmark.methods trak journey-trak d-trak das abu ekfac --dry_run      # time, memory and disk
     python -m benchmark.methods trak journey-trak d-trak das abu ekfac --workers 2    # resumable
@@ -25,6 +26,7 @@ import numpy as np
 from abu.cluster import add_cluster_flags, cluster_from
 from abu.stages import whole_passes
 from abu.testbed import SPLITS, Testbed, testbed_from
+from benchmark.finite_step import load_changes, whole_step_passes
 from benchmark.gradient_methods import METHODS, collect_method, foresee_method, method_scores, select_ridge
 from benchmark.lds import Judge
 from benchmark.retrain import JUDGED, add_judge_flags
@@ -35,8 +37,10 @@ from fastgda.dataset import Layout, layout, load_images, normalise
 from fastgda.ranker import load_ranker
 from fastgda.rankings import top
 
-RANDOM, TUNED = "random", "tuned"
-NEAREST = {f"{teacher}-knn": teacher for teacher in TEACHERS}
+RANDOM, TUNED, FINITE_STEP = "random", "tuned", "finite-step"
+COLLECTED = (FINITE_STEP, *TEACHERS)
+"""The teachers, whose scores abu.collect made."""
+NEAREST = {f"{teacher}-knn": teacher for teacher in COLLECTED}
 """The teachers on candidates, as the paper collects them for training queries."""
 
 
@@ -61,7 +65,10 @@ def tuned_scores(paths: Layout, checkpoint: Path, split: str) -> np.ndarray:
 
 def teacher_scores(testbed: Testbed, teacher: str, split: str) -> np.ndarray:
     """The collected scores of a split's queries, all passes pooled."""
-    scores = load_scores(testbed, whole_passes(testbed), teacher)
+    if teacher == FINITE_STEP:
+        scores = load_changes(testbed, whole_step_passes(testbed))
+    else:
+        scores = load_scores(testbed, whole_passes(testbed), teacher)
     counts = {part: len(testbed.query_captions(part)) for part in SPLITS}
     start = sum(counts[part] for part in SPLITS[: SPLITS.index(split)])
     return scores[start : start + counts[split]]
@@ -80,7 +87,7 @@ def frozen_scores(testbed: Testbed, method: str, split: str, args: argparse.Name
     """(scores of a method that takes no gradients of its own, hashes of what else they are made from)."""
     if method == RANDOM:
         return random_scores(len(testbed.query_captions(split)), testbed.images), {}
-    if method in TEACHERS:
+    if method in COLLECTED:
         return teacher_scores(testbed, method, split), {}
     if method in NEAREST:
         scores = teacher_scores(testbed, NEAREST[method], split)
@@ -111,7 +118,7 @@ def gradient_scores(testbed: Testbed, method: str, args: argparse.Namespace) -> 
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m benchmark.methods", description=__doc__.splitlines()[0])
-    known = f"{RANDOM}, {TUNED}, {', '.join([*TEACHERS, *NEAREST, *METHODS])}, or feature types"
+    known = f"{RANDOM}, {TUNED}, {', '.join([*COLLECTED, *NEAREST, *METHODS])}, or feature types"
     parser.add_argument("methods", nargs="+", help=known)
     add_judge_flags(parser)
     parser.add_argument("--split", choices=JUDGED, default="test", help="which queries (default: test)")

@@ -30,7 +30,8 @@ from abu.plan import Piece
 from abu.sample import QUERY_SCHEMA
 from abu.second_order import TrainingTerms, TwoFolds, loss_change_at
 from abu.testbed import TESTBEDS
-from benchmark import finite_step, teacher
+from abu.unlearn import STEP
+from benchmark import finite_step, methods, teacher
 from fastgda.core import ROOT, load_npz, read_manifest, save_npy, sha256_file
 from fastgda.rankings import load_rankings
 
@@ -209,6 +210,20 @@ def test_ray_workers_leave_the_same_pieces_even_if_the_driver_is_killed(collecte
     np.testing.assert_allclose(gradients(folder), expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())
 
 
+def test_ray_workers_score_steps_to_the_same_numbers(collected, tmp_path):
+    root = tmp_path / "root"
+    shutil.copytree(collected, root)
+    pieces = sorted((root / "data/emoji/cache/teacher/steps").glob("step_0_*.npz"))
+    names = ("first", "second", "first_runs", "second_runs")
+    expected = [load_npz(piece, names) for piece in pieces]
+    for piece in pieces:
+        piece.unlink()
+    run("steps", root, "--workers", "1")
+    for piece, arrays in zip(pieces, expected, strict=True):
+        for name, found in load_npz(piece, names).items():
+            np.testing.assert_allclose(found, arrays[name], rtol=1e-3, atol=1e-5 * np.abs(arrays[name]).max())
+
+
 def test_a_dry_run_computes_nothing_and_names_time_memory_and_disk(collected, capsys):
     run("training", collected, "--first_pass", "5", "--dry_run")
     printed = capsys.readouterr().out
@@ -221,6 +236,12 @@ def test_status_counts_pieces(collected, capsys):
     printed = capsys.readouterr().out.splitlines()
     wanted = ["queries: 4 of 4 pieces", "pass 0: 2 of 2 pieces", "pass 1: 2 of 2 pieces"]
     assert printed == [*wanted, "steps, pass 0: 2 of 2 pieces", "scores of 2 passes: 2 of 2 pieces"]
+
+
+def test_a_split_has_its_own_rows_of_the_loss_change(testbed):
+    terms = (finite_step.load_terms(testbed, 1, name)[-4:] for name in ("first", "second"))
+    found = methods.teacher_scores(testbed, "finite-step", "test")
+    np.testing.assert_array_equal(found, loss_change_at(*terms, STEP, IMAGES))
 
 
 @pytest.mark.parametrize("name", ["influence", "influence_normalised", "influence_plain"])
