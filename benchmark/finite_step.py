@@ -1,7 +1,7 @@
 """Merges the loss changes after a finite unlearning step into the rankings that the project ships.
 
     python -m abu.collect queries
-    python -m abu.collect steps --passes 2
+    python -m abu.collect steps --passes 4 --query_bits 16
     python -m benchmark.finite_step         # writes data/emoji/influence_{train,val,test}.npz
 
 The score is τ at step α, the sum of both terms (`abu.second_order`). Its reliability is measured as that of the first

@@ -1,21 +1,19 @@
-"""TRAK against its authors' implementation (`traker`), on a small denoiser; skipped where that is not installed."""
+"""TRAK against its authors' implementation (`traker`), on a small denoiser."""
 
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
+import trak
 from tiny_layers import tiny_layers
+from trak.modelout_functions import AbstractModelOutput
+from trak.projectors import NoOpProjector
 
 from abu.amortised import Examples
 from abu.draws import DrawConfig
 from abu.influence import all_draws
 from benchmark.kernels import Kernel
 from benchmark.projected import FeatureConfig, ProjectedGradients
-
-trak = pytest.importorskip("trak")
-from trak.modelout_functions import AbstractModelOutput  # noqa: E402
-from trak.projectors import NoOpProjector  # noqa: E402
 
 
 class DenoisingLoss(AbstractModelOutput):
