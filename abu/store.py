@@ -20,6 +20,7 @@ from abu.amortised import Compression, QueryMatrix, Sketch
 from abu.collect_config import CollectConfig, ScoreConfig
 from abu.compress import Quantised, Truncation
 from abu.curvature import CHUNK, EKFAC, DiagonalFisher
+from abu.gradients import MADE_BY as COLLECTED_BY
 from abu.gradients import load_gradients
 from abu.plan import Collection, Piece
 from abu.stages import folder_of, training_plan, whole_passes
@@ -111,7 +112,7 @@ class GradientStore:
         folder, total = Collection(folder_of(self.testbed)), torch.zeros((), device=text.device)
         for index in range(self.passes):
             source = Piece("pass", str(index), piece.start, piece.stop)
-            total = total + load_gradients(folder.path(source), text, "python -m abu.collect training").mean(0)
+            total = total + load_gradients(folder.path(source), text, COLLECTED_BY["pass"]).mean(0)
         return total / self.passes
 
     def path(self, piece: Piece, kind: str) -> Path:

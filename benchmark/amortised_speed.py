@@ -2,15 +2,16 @@
 
     python -m benchmark.amortised_speed                            # emoji; results/speed/amortised_emoji.{json,png}
     python -m benchmark.amortised_speed --images 2048              # fewer training images; the rest is extrapolated
+    python -m benchmark.amortised_speed --order 2 --sketch 540672  # the shipped teacher: second_order_emoji.json
     python -m benchmark.amortised_speed --architecture coco        # COCO's shapes, random weights, a few dozen images
     python -m benchmark.amortised_speed --memory                   # peak memory and growth, each in its own process
 
 Both forms take the same query gradients. Exact: one sweep over the images evaluates the losses of the source model and
 of k unlearned models on the same draws; it is timed for several k (--exact_queries), shown to be linear in k, and
-extrapolated to Q. Amortised: one sweep of gradients, rotated, sketched and multiplied with Q queries; timed for every Q
-of --queries. Queries beyond the testbed's own are random rows in the product, and cost a gradient like the others.
-Shards of images are timed one after the other, both forms in turn; medians over shards count. What is measured is kept
-under runs/speed: after Ctrl-C the same command goes on.
+extrapolated to Q. Amortised: one sweep of gradients, rotated, sketched and multiplied with Q queries, to second order
+those of the squares too; timed for every Q of --queries. Queries beyond the testbed's own are random rows in the
+product, and cost a gradient like the others. Shards of images are timed one after the other, both forms in turn;
+medians over shards count. What is measured is kept under runs/speed: after Ctrl-C the same command goes on.
 """
 
 from __future__ import annotations
@@ -188,8 +189,9 @@ def main(argv: list[str] | None = None) -> None:
         report["paper_scale"] = coco_table(report, config)
         print(json.dumps(report["paper_scale"], indent=1))
     report |= {"threads": torch.get_num_threads(), "environment": environment()}
-    save_json(output / f"amortised_{config.architecture}.json", report)
-    save_figure(figure(report), output / f"amortised_{config.architecture}.png")
+    name = f"{'amortised' if config.order == 1 else 'second_order'}_{config.architecture}"
+    save_json(output / f"{name}.json", report)
+    save_figure(figure(report), output / f"{name}.png")
 
 
 def folder_name(settings: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from abu.curvature import Curvature
 from abu.draws import DrawConfig
 from abu.influence import mean_losses
 from abu.layers import select_layers
+from abu.second_order import StepVectors, TrainingTerms, TwoFolds, loss_change_at, loss_terms
 from abu.testbed import testbed_from
 from abu.unlearn import UnlearnConfig, moved_model, natural_step
 from benchmark.worlds import World, coco_world, emoji_world
@@ -48,8 +49,12 @@ class SpeedConfig:
     """Numbers of queries that the exact form is timed with."""
     query_draws: int = 8
     """Draws in each bin for a query's gradient."""
+    order: Literal[1, 2] = 1
+    """Terms of the loss change in the amortised form."""
     sketch: int = 33_792
-    """Numbers kept of a gradient; the largest divisor of the number of weights up to this."""
+    """Numbers kept of a gradient; the largest divisor of the number of weights up to this. For squares an eighth."""
+    query_bits: Literal[16, 32] = 32
+    """Of the second order: bits of a query's numbers, and of the products."""
     step: float = UnlearnConfig.step
     """α of eq. 1."""
 
@@ -87,18 +92,26 @@ def timed(function: Callable[[], T]) -> tuple[float, T]:
     return time.perf_counter() - start, found
 
 
+def batches(examples: Examples) -> list[Examples]:
+    """Cut to what is computed at once."""
+    return [examples.rows(start, start + BATCH) for start in range(0, len(examples.ids), BATCH)]
+
+
 class Stopwatch:
     """Times both forms on one world."""
 
     def __init__(self, world: World, config: SpeedConfig) -> None:
         self.world, self.config = world, config
         self.engine = MeanGradients(world.denoiser, world.schedule)
-        self.sketch = Sketch.of(world.curvature, divisor(world.curvature.eigenvalues.numel(), config.sketch))
+        weights = world.curvature.eigenvalues.numel()
+        self.sketch = Sketch.of(world.curvature, divisor(weights, config.sketch))
+        if config.order == 2:
+            self.terms = TrainingTerms(world.denoiser, world.schedule)
+            self.folds = TwoFolds.of(world.curvature, weights // divisor(weights, max(1, config.sketch // 8)))
 
     def gradients(self, examples: Examples, draws: DrawConfig) -> Tensor:
         """g [bins, B, T, out]."""
-        batches = [examples.rows(start, start + BATCH) for start in range(0, len(examples.ids), BATCH)]
-        return torch.cat([self.engine(batch, draws, 0) for batch in batches], 1)
+        return torch.cat([self.engine(batch, draws, 0) for batch in batches(examples)], 1)
 
     def query_gradients(self, count: int) -> tuple[float, Tensor]:
         """(seconds, g [bins, count, T, out]) of the first queries; both forms need them."""
@@ -128,6 +141,26 @@ class Stopwatch:
         missing = (len(own), count - own.shape[1], own.shape[2])
         return QueryMatrix.of(torch.cat([own, torch.randn(missing, device=own.device)], 1))
 
+    def step_vectors(self, gradients: Tensor, count: int) -> StepVectors:
+        """The same for the second order."""
+        text = self.world.queries.text[: gradients.shape[1]]
+        dtype = torch.bfloat16 if self.config.query_bits == 16 else torch.float32
+        found = []
+        for compression in (self.sketch, self.folds):
+            own = sketched(gradients.mean(0), text, self.world.curvature, compression)[:count].to(dtype)
+            found.append(torch.cat([own, torch.randn(count - len(own), own.shape[1], device=own.device, dtype=dtype)]))
+        return StepVectors(found[0], [found[1]])
+
+    def query_sides(self, gradients: Tensor) -> dict[int, QueryMatrix] | dict[int, StepVectors]:
+        """What training images are multiplied with, for every number of queries."""
+        most = max(self.config.queries)
+        if self.config.order == 2:
+            vectors = self.step_vectors(gradients, most)
+            (folded,) = vectors.folded
+            return {n: StepVectors(vectors.whole[:n], [folded[:n]]) for n in self.config.queries}
+        matrix = self.query_matrix(gradients, most)
+        return {n: QueryMatrix(matrix.normalised[:, :n], matrix.plain[:n]) for n in self.config.queries}
+
     def exact(self, examples: Examples, models: list[torch.nn.Module]) -> tuple[float, Tensor]:
         """(seconds, loss changes [Q, B])."""
 
@@ -137,6 +170,31 @@ class Stopwatch:
             return losses[1:] - losses[0]
 
         return timed(change)
+
+    def image_vectors(self, slopes: Tensor, products: list[Tensor], text: Tensor) -> StepVectors:
+        """Whitened vectors of training images for the second order."""
+        curvature = self.world.curvature
+        folded = [sketched(product, text, curvature, self.folds) for product in products]
+        return StepVectors(sketched(slopes, text, curvature, self.sketch), folded)
+
+    def second_order(self, examples: Examples, queries: dict[int, StepVectors]) -> tuple[dict[str, Any], Tensor]:
+        """(seconds of each part, loss changes [Q, B] of the last number of queries), batch by batch."""
+        rows, draws = [], self.config.training_draws
+        parts, products = {"gradients": 0.0, "compression": 0.0}, {str(count): 0.0 for count in queries}
+        for batch in batches(examples):
+            spent, (slopes, signed) = timed(partial(self.terms, batch, draws, 0))
+            parts["gradients"] += spent
+            spent, vectors = timed(partial(self.image_vectors, slopes, signed, batch.text))
+            parts["compression"] += spent
+            for count, side in queries.items():
+                spent, terms = timed(partial(loss_terms, side, vectors))
+                products[str(count)] += spent
+            rows.append(loss_change_at(*terms, self.config.step, len(self.world.training.ids)))
+        return parts | {"products": products}, torch.cat(rows, 1)
+
+    def score(self, examples: Examples, queries: Any) -> tuple[dict[str, Any], Tensor]:
+        """(seconds of each part, scores) of the amortised form, with `query_sides`."""
+        return (self.second_order if self.config.order == 2 else self.amortised)(examples, queries)
 
     def amortised(self, examples: Examples, matrices: dict[int, QueryMatrix]) -> tuple[dict[str, Any], Tensor]:
         """(seconds of each part, plain scores [Q, B] of the largest matrix)."""
@@ -168,17 +226,16 @@ def collect(watch: Stopwatch, folder: Path) -> None:
     rates = {"gradient": query_seconds / own, "unlearn": unlearn_seconds / len(models), "queries": own}
     if not (folder / "queries.json").is_file():
         save_json(folder / "queries.json", rates)
-    largest = watch.query_matrix(gradients, max(config.queries))
-    matrices = {n: QueryMatrix(largest.normalised[:, :n], largest.plain[:n]) for n in config.queries}
+    sides = watch.query_sides(gradients)
     for start in tqdm(starts, desc="shards", unit="shard"):
         path = folder / f"shard_{start:06d}.json"
         if path.is_file():
             continue
         batch = world.training.rows(start, start + size)
-        found, plain = watch.amortised(batch, matrices)
+        found, scores = watch.score(batch, sides)
         exact, change = {}, torch.empty(0)
         for count in config.exact_queries:
             exact[str(count)], change = watch.exact(batch, models[:count])
-        shared = min(len(change), len(plain))
-        save_npz(path.with_suffix(".npz"), exact=change[:shared].numpy(), amortised=plain[:shared].cpu().numpy())
+        shared = min(len(change), len(scores))
+        save_npz(path.with_suffix(".npz"), exact=change[:shared].numpy(), amortised=scores[:shared].cpu().numpy())
         save_json(path, {"images": len(batch.ids), "amortised": found, "exact": exact})

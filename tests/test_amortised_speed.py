@@ -26,8 +26,8 @@ SMALL: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def watch():
+@pytest.fixture(scope="module", params=[1, 2])
+def watch(request):
     shape = DiffusionConfig(sample_size=4, latent_channels=2, channels=(16, 16), heads=2, text_width=12)
     world = random_world(
         lambda: build_denoiser(shape),
@@ -39,7 +39,7 @@ def watch():
         torch.device("cpu"),
         fitted=True,
     )
-    return Stopwatch(world, SpeedConfig(step=1e-5, **SMALL))
+    return Stopwatch(world, SpeedConfig(step=1e-5, order=request.param, **SMALL))
 
 
 def test_both_forms_score_the_same_images_with_the_same_draws(watch, tmp_path):
