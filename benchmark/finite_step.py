@@ -56,7 +56,8 @@ def load_terms(testbed: Testbed, passes: int, key: str) -> np.ndarray:
 
 def load_changes(testbed: Testbed, passes: int, step: float = STEP) -> np.ndarray:
     """τ [Q, N] of all queries after a step of α = `step`, the draws of all passes pooled."""
-    return loss_change_at(*(load_terms(testbed, passes, term) for term in ("first", "second")), step, testbed.images)
+    first, second = (load_terms(testbed, passes, term) for term in ("first", "second"))
+    return loss_change_at(first, second, step, testbed.images)
 
 
 def merge(testbed: Testbed, passes: int, step: float) -> dict:

@@ -239,9 +239,9 @@ def test_status_counts_pieces(collected, capsys):
 
 
 def test_a_split_has_its_own_rows_of_the_loss_change(testbed):
-    terms = (finite_step.load_terms(testbed, 1, name)[-4:] for name in ("first", "second"))
+    first, second = (finite_step.load_terms(testbed, 1, name)[-4:] for name in ("first", "second"))
     found = methods.teacher_scores(testbed, "finite-step", "test")
-    np.testing.assert_array_equal(found, loss_change_at(*terms, STEP, IMAGES))
+    np.testing.assert_array_equal(found, loss_change_at(first, second, STEP, IMAGES))
 
 
 @pytest.mark.parametrize("name", ["influence", "influence_normalised", "influence_plain"])
