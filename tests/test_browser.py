@@ -148,7 +148,9 @@ def test_browser_generates_by_keyboard_and_the_permalink_leads_back(visit: Visit
     tab.focus()
     page.keyboard.press("Enter")
     page.locator("#new textarea").focus()
+    page.wait_for_timeout(500)  # Gradio draws a tab when it is first opened, and letters typed before that are lost
     page.keyboard.type("a <b> & heart")
+    assert page.locator("#new textarea").input_value() == "a <b> & heart"
     page.keyboard.press("Tab")
     page.keyboard.press("ControlOrMeta+a")
     page.keyboard.type("7")
