@@ -13,6 +13,7 @@ import argparse
 import io
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -194,6 +195,13 @@ def write_queries(folder: Path, queries: list[Query], latents: Tensor, images: l
     return parquet, array
 
 
+def grid_concepts(known: Sequence[str], queries: Sequence[Query]) -> tuple[str, ...]:
+    """Concepts to look at: those of `GRID_CONCEPTS` that the training set has, then the queries'."""
+    common = set(known).intersection(GRID_CONCEPTS)
+    asked = dict.fromkeys([*(c for c in GRID_CONCEPTS if c in common), *(query.concept for query in queries)])
+    return tuple(asked)[: len(GRID_CONCEPTS)]
+
+
 def sample_grid(model: SourceModel, encoder: MiniLM, config: SampleConfig, concepts: tuple[str, ...]) -> Image.Image:
     """Concepts down, sets across."""
     styles = read_lock()
@@ -219,12 +227,12 @@ def main(argv: list[str] | None = None) -> None:
     config = SampleConfig(guidance=args.guidance, seed=args.seed)
     testbed = testbed_from(args)
     model, encoder = testbed.load_source(best_device()), MiniLM()
-    if args.grid:
-        with atomic_path(args.grid) as temporary:
-            sample_grid(model, encoder, config, GRID_CONCEPTS).save(temporary)
-        return
     table = read_split(testbed.data, "data")
     queries = choose_queries(table.concepts, table.sets, testbed.queries, config)
+    if args.grid:
+        with atomic_path(args.grid) as temporary:
+            sample_grid(model, encoder, config, grid_concepts(table.concepts, queries["test"])).save(temporary)
+        return
     weights = [testbed.source / f"{part}.safetensors" for part in ("denoiser", "autoencoder")]
     inputs = {path.stem: sha256_file(path) for path in weights}
     for split in args.splits:

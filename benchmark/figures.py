@@ -1,6 +1,7 @@
 """Draws the figures of `results/` from its JSON files.
 
-python -m benchmark.figures            # results/source_model/loss.png, results/teacher/{reliability,first_order}.png
+python -m benchmark.figures                     # results/source_model/loss.png, results/teacher/*.png
+python -m benchmark.figures --mode emoji-mini   # results/source_model/loss_emoji-mini.png
 """
 
 from __future__ import annotations
@@ -69,6 +70,9 @@ def main(argv: list[str] | None = None) -> None:
     add_testbed_flags(parser)
     testbed = testbed_from(parser.parse_args(argv))
     results = testbed.root / "results"
+    if testbed.name != "emoji":
+        save_figure(loss_curves(testbed), results / f"source_model/loss_{testbed.name}.png")
+        return
     save_figure(loss_curves(testbed), results / "source_model/loss.png")
     for name, made_by in (("reliability", "benchmark.finite_step"), ("first_order", "benchmark.teacher")):
         path = require_file(results / f"teacher/{name}.json", f"python -m {made_by}")

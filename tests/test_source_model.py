@@ -11,7 +11,16 @@ import torch
 from PIL import Image
 
 from abu.models import load_source
-from abu.sample import SampleConfig, choose_queries, concept_key, sample_latents, to_images
+from abu.sample import (
+    GRID_CONCEPTS,
+    Query,
+    SampleConfig,
+    choose_queries,
+    concept_key,
+    grid_concepts,
+    sample_latents,
+    to_images,
+)
 from abu.testbed import SPLITS, TESTBEDS
 from fastgda.core import load_npy, read_manifest, verify_artifact
 from feature_extraction.emoji import read_lock
@@ -100,3 +109,10 @@ def test_damaged_weights_are_named(tmp_path):
     (tmp_path / "denoiser.safetensors").write_bytes(b"not a file")
     with pytest.raises(ValueError, match=r"denoiser\.safetensors: expected weights of UNet2DConditionModel"):
         load_source(tmp_path, CPU)
+
+
+def test_a_grid_shows_what_the_training_set_has():
+    queries = [Query(f"thing {index // 2}", "noto", "noto", 0) for index in range(40)]
+    assert grid_concepts([*GRID_CONCEPTS, "thing 0"], queries) == GRID_CONCEPTS
+    found = grid_concepts([GRID_CONCEPTS[3], "thing 0"], queries)
+    assert found == (GRID_CONCEPTS[3], *(f"thing {index}" for index in range(len(GRID_CONCEPTS) - 1)))
