@@ -43,7 +43,7 @@ def child(options: dict[str, Any]) -> dict[str, float]:
     if options["form"] != "base":
         _, gradients = watch.query_gradients(own)
     if options["form"] == "exact":
-        _, models = watch.unlearned(gradients, images)
+        _, models = watch.unlearned(gradients)
         seconds, _ = watch.exact(watch.world.training, models)
     if options["form"] == "amortised":
         matrix = watch.query_matrix(gradients, queries)

@@ -118,7 +118,7 @@ class Stopwatch:
         draws = DrawConfig(self.config.bins, self.config.query_draws)
         return timed(lambda: self.gradients(self.world.queries.rows(0, count), draws))
 
-    def unlearned(self, gradients: Tensor, images: int) -> tuple[float, list[torch.nn.Module]]:
+    def unlearned(self, gradients: Tensor) -> tuple[float, list[torch.nn.Module]]:
         """(seconds, the models θ_{−ẑ}) of queries with gradients g [bins, Q, T, out]."""
         curvature, step = self.world.curvature, self.config.step
         text = self.world.queries.text[: gradients.shape[1]]
@@ -128,7 +128,7 @@ class Stopwatch:
             layers = select_layers(self.world.denoiser)
             factors = Curvature((curvature,), 1).for_layers(layers)
             return [
-                moved_model(self.world.denoiser, natural_step(factors, (gradient,), step / images))
+                moved_model(self.world.denoiser, natural_step(factors, (gradient,), step / self.world.images))
                 for gradient in rotated
             ]
 
@@ -189,7 +189,7 @@ class Stopwatch:
             for count, side in queries.items():
                 spent, terms = timed(partial(loss_terms, side, vectors))
                 products[str(count)] += spent
-            rows.append(loss_change_at(*terms, self.config.step, len(self.world.training.ids)))
+            rows.append(loss_change_at(*terms, self.config.step, self.world.images))
         return parts | {"products": products}, torch.cat(rows, 1)
 
     def score(self, examples: Examples, queries: Any) -> tuple[dict[str, Any], Tensor]:
@@ -222,7 +222,7 @@ def collect(watch: Stopwatch, folder: Path) -> None:
     watch.gradients(world.training.rows(0, 8), DrawConfig(config.bins, 1))
     query_seconds, gradients = watch.query_gradients(own)
     few = gradients[:, : max(config.exact_queries)]
-    unlearn_seconds, models = watch.unlearned(few, len(world.training.ids))
+    unlearn_seconds, models = watch.unlearned(few)
     rates = {"gradient": query_seconds / own, "unlearn": unlearn_seconds / len(models), "queries": own}
     if not (folder / "queries.json").is_file():
         save_json(folder / "queries.json", rates)

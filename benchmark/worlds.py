@@ -34,6 +34,8 @@ class World:
     curvature: DiagonalFisher
     training: Examples
     queries: Examples
+    images: int
+    """N of eq. 1, images that the model was trained on; `training` may be the first of them."""
 
 
 def emoji_world(testbed: Testbed, images: int, device: torch.device) -> World:
@@ -47,6 +49,7 @@ def emoji_world(testbed: Testbed, images: int, device: torch.device) -> World:
         EKFAC.load(testbed.curvature).to(device),
         training.rows(0, images or len(training.ids)),
         testbed.query_examples("test", device),
+        len(training.ids),
     )
 
 
@@ -92,7 +95,7 @@ def random_world(
         curvature = fit_curvature(denoiser, schedule, training.latents, training.text, CurvatureConfig()).shared()
     else:
         curvature = identity_curvature(denoiser, text[-1], device)
-    return World(denoiser, schedule, curvature, training, asked)
+    return World(denoiser, schedule, curvature, training, asked, len(training.ids))
 
 
 def identity_curvature(denoiser: nn.Module, width: int, device: torch.device) -> EKFAC:
