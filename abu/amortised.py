@@ -92,6 +92,10 @@ class Examples:
         """A slice."""
         return Examples(self.role, self.ids[start:stop], self.latents[start:stop], self.text[start:stop])
 
+    def batches(self, size: int) -> list[Examples]:
+        """Slices of `size`, the last one shorter."""
+        return [self.rows(start, start + size) for start in range(0, len(self.ids), size)]
+
     def draws(self, config: DrawConfig, run: int, bin_index: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(timesteps [B], noise [B, c, h, w]) of every draw in one bin, where and as the latents are."""
         shape = tuple(self.latents.shape[1:])

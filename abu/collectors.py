@@ -25,7 +25,7 @@ from abu.plan import Collection, Piece
 from abu.second_order import StepVectors, TrainingTerms, TwoFolds, loss_terms
 from abu.stages import examples_of, folder_of, pass_counts, query_plan
 from abu.testbed import SPLITS, Testbed
-from abu.tiles import MEMORY_GB, QueryTiles
+from abu.tiles import MEMORY_GB, TYPES, QueryTiles
 from fastgda.core import best_device, load_npz
 
 BATCH = 64
@@ -54,7 +54,7 @@ class GradientCollector:
         examples = self._examples[piece.examples].rows(piece.start, piece.stop)
         draws = self.config.draws(piece.examples, len(self.engine.schedule))
         first = RUNS * int(piece.part) if piece.stage == "pass" else 0
-        batches = [examples.rows(low, low + BATCH) for low in range(0, len(examples.ids), BATCH)]
+        batches = examples.batches(BATCH)
         found = [
             [
                 [self.engine.with_losses(batch, draws, first + run, index) for batch in batches]
@@ -88,20 +88,15 @@ class StepCollector:
         """first, second [Q, B] (see `loss_terms`) of all queries, with the draws of both runs on both sides; for
         validation and test queries, with independent draws on both sides, first_runs and second_runs [runs, Q', B].
         """
-        parts = [
-            self._few(self.training.rows(low, min(low + BATCH, piece.stop)), int(piece.part))
-            for low in range(piece.start, piece.stop, BATCH)
-        ]
+        examples = self.training.rows(piece.start, piece.stop)
+        parts = [self._few(batch, int(piece.part)) for batch in examples.batches(BATCH)]
         return {name: torch.cat([part[name] for part in parts], -1).cpu().numpy() for name in parts[0]}
 
     def _few(self, examples: Examples, index: int) -> dict[str, torch.Tensor]:
         pooled, runs = [], []
         for run, half in enumerate(self.halves):
-            gradients, products = self.terms(examples, self.draws, RUNS * index + run)
-            vectors = StepVectors(
-                sketched(gradients, examples.text, self.curvature, self.whole),
-                [sketched(product, examples.text, self.curvature, self.folded) for product in products],
-            )
+            terms = self.terms(examples, self.draws, RUNS * index + run)
+            vectors = StepVectors.of_images(terms, examples.text, self.curvature, self.whole, self.folded)
             pooled.append(torch.stack(loss_terms(self.queries, vectors)))
             runs.append(torch.stack(loss_terms(half, vectors)))
         first, second = torch.stack(pooled).mean(0)
@@ -110,7 +105,7 @@ class StepCollector:
 
     def _queries(self) -> tuple[StepVectors, list[StepVectors]]:
         """(all queries, those of validation and test by run), in the order of the splits."""
-        dtype = torch.bfloat16 if self.config.query_bits == 16 else torch.float32
+        dtype = TYPES[self.config.query_bits]
         pooled, halves = [], []
         for compression in (self.whole, self.folded):
             runs = {split: torch.cat(list(self._vectors(split, compression)), 1) for split in SPLITS}

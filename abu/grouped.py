@@ -12,9 +12,10 @@ and with the squares of `abu.second_order` to second.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -100,12 +101,8 @@ def first_order_scores(
 
     `batch_size` examples keep the gradients of all layers in memory at once.
     """
-    parts = []
-    for start in tqdm(range(0, len(examples.ids), batch_size), desc="first order", unit="batch", mininterval=1.0):
-        found = gradients(examples.rows(start, start + batch_size), draws, runs)
-        terms = [changes[name].to(matrix).flatten(1) @ matrix.flatten(1).mT for name, matrix in found.items()]
-        parts.append(torch.stack(terms).sum(0))
-    return torch.cat(parts, dim=1)
+    bar = tqdm(examples.batches(batch_size), desc="first order", unit="batch", mininterval=1.0)
+    return torch.cat([_along(changes, gradients(batch, draws, runs).items()) for batch in bar], dim=1)
 
 
 def second_order_scores(
@@ -122,22 +119,21 @@ def second_order_scores(
     All layers' changes of the output are added up before they are squared: one step moves all of them.
     """
     parts = []
-    for start in tqdm(range(0, len(examples.ids), batch_size), desc="second order", unit="batch", mininterval=1.0):
-        few, terms = examples.rows(start, start + batch_size), []
-        for timesteps, noise, place in _all_draws(few, draws, runs):
-            noisy, target = gradients.schedule.noised(few.latents, noise, timesteps)
-            directions = partial(slope_and_signs, target=target, signs=random_signs(draws, few, *place))
-            slope, product = gradients.engine.products(noisy, timesteps, few.text, directions)
-            terms.append(_along(changes, slope) + _along(changes, product).square())
+    for batch in tqdm(examples.batches(batch_size), desc="second order", unit="batch", mininterval=1.0):
+        terms = []
+        for timesteps, noise, place in _all_draws(batch, draws, runs):
+            noisy, target = gradients.schedule.noised(batch.latents, noise, timesteps)
+            directions = partial(slope_and_signs, target=target, signs=random_signs(draws, batch, *place))
+            first, along = (
+                _along(changes, chain.from_iterable(map(_matrices, groups)))
+                for groups in gradients.engine.products(noisy, timesteps, batch.text, directions)
+            )
+            terms.append(first + along.square())
         parts.append(torch.stack(terms).mean(0))
     return torch.cat(parts, dim=1)
 
 
-def _along(changes: Changes, groups: list[GroupGradients]) -> Tensor:
-    """⟨Δθ, Jᵀv⟩ [Q, B]."""
-    terms = [
-        changes[name].to(matrix).flatten(1) @ matrix.flatten(1).mT
-        for group in groups
-        for name, matrix in _matrices(group)
-    ]
+def _along(changes: Changes, gradients: Iterable[tuple[str, Tensor]]) -> Tensor:
+    """⟨Δθ, ∇W⟩ [Q, B], over all layers: the names of `gradients` and their matrices [B, out, in]."""
+    terms = [changes[name].to(matrix).flatten(1) @ matrix.flatten(1).mT for name, matrix in gradients]
     return torch.stack(terms).sum(0)

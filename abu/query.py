@@ -46,8 +46,7 @@ def query_matrix(
     curvature = EKFAC.load(store.testbed.curvature).to(device)
     compression, engine = store.config.of(curvature), MeanGradients(source.denoiser, source.schedule)
     parts = []
-    for start in tqdm(range(0, len(examples.ids), BATCH), desc="query gradients", unit="batch"):
-        batch = examples.rows(start, start + BATCH)
+    for batch in tqdm(examples.batches(BATCH), desc="query gradients", unit="batch"):
         gradients = torch.stack([engine(batch, draws, run) for run in range(RUNS)]).mean(0)
         units, norms = unit_vectors(gradients, batch.text, curvature, compression)
         parts.append((units, norms))

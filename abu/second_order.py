@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from abu.amortised import Examples, Sketch, inner_products
+from abu.amortised import Compression, Examples, Sketch, inner_products, sketched
 from abu.curvature import DiagonalFisher
 from abu.diffusion_loss import NoiseSchedule, at_least_float32
 from abu.draws import DrawConfig
@@ -114,6 +114,21 @@ class StepVectors:
     folded: list[Tensor]
     """What the squares are made of, [B, size] of `TwoFolds`: for queries the same gradients again, for training images
     Jᵀv/√n of every draw."""
+
+    @staticmethod
+    def of_images(
+        terms: tuple[Tensor, list[Tensor]],
+        text: Tensor,
+        curvature: DiagonalFisher,
+        whole: Compression,
+        folded: Compression,
+    ) -> StepVectors:
+        """Of training images with token states `text` [B, T, in], from what `TrainingTerms` found."""
+        slopes, products = terms
+        return StepVectors(
+            sketched(slopes, text, curvature, whole),
+            [sketched(product, text, curvature, folded) for product in products],
+        )
 
 
 def loss_terms(queries: StepVectors, images: StepVectors) -> tuple[Tensor, Tensor]:

@@ -118,7 +118,7 @@ def collect(exact: ExactInfluence, testbed: Testbed, folder: Path, config: Exact
             continue
         batch = examples.rows(start, start + SHARD)
         losses = exact.sweep.losses(batch.ids, [None, *changes])[..., 0]
-        parts = [batch.rows(low, low + BATCH) for low in range(0, len(batch.ids), BATCH)]
+        parts = batch.batches(BATCH)
         first = [first_order(model, schedule, curvature, rotated, part, draws) for part in parts]
         second = [output_changes(model, nearby, schedule, part, draws) / small**2 for part in parts]
         save_npz(

@@ -104,8 +104,7 @@ class ProjectedGradients:
 
         The error is that of the prediction; for the measure "square", the prediction itself.
         """
-        starts = range(0, len(examples.ids), EXAMPLES)
-        parts = [self._few(examples.rows(low, low + EXAMPLES), draws, run) for low in starts]
+        parts = [self._few(batch, draws, run) for batch in examples.batches(EXAMPLES)]
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
     def journey(self, examples: Examples, predicted: Tensor, timesteps: Tensor, draws: int, seed: int) -> Tensor:

@@ -21,6 +21,7 @@ from abu.influence import mean_losses
 from abu.layers import select_layers
 from abu.second_order import StepVectors, TrainingTerms, TwoFolds, loss_change_at, loss_terms
 from abu.testbed import testbed_from
+from abu.tiles import TYPES
 from abu.unlearn import UnlearnConfig, moved_model, natural_step
 from benchmark.worlds import World, coco_world, emoji_world
 from fastgda.core import save_json, save_npz
@@ -92,11 +93,6 @@ def timed(function: Callable[[], T]) -> tuple[float, T]:
     return time.perf_counter() - start, found
 
 
-def batches(examples: Examples) -> list[Examples]:
-    """Cut to what is computed at once."""
-    return [examples.rows(start, start + BATCH) for start in range(0, len(examples.ids), BATCH)]
-
-
 class Stopwatch:
     """Times both forms on one world."""
 
@@ -111,7 +107,7 @@ class Stopwatch:
 
     def gradients(self, examples: Examples, draws: DrawConfig) -> Tensor:
         """g [bins, B, T, out]."""
-        return torch.cat([self.engine(batch, draws, 0) for batch in batches(examples)], 1)
+        return torch.cat([self.engine(batch, draws, 0) for batch in examples.batches(BATCH)], 1)
 
     def query_gradients(self, count: int) -> tuple[float, Tensor]:
         """(seconds, g [bins, count, T, out]) of the first queries; both forms need them."""
@@ -144,7 +140,7 @@ class Stopwatch:
     def step_vectors(self, gradients: Tensor, count: int) -> StepVectors:
         """The same for the second order."""
         text = self.world.queries.text[: gradients.shape[1]]
-        dtype = torch.bfloat16 if self.config.query_bits == 16 else torch.float32
+        dtype = TYPES[self.config.query_bits]
         found = []
         for compression in (self.sketch, self.folds):
             own = sketched(gradients.mean(0), text, self.world.curvature, compression)[:count].to(dtype)
@@ -171,20 +167,17 @@ class Stopwatch:
 
         return timed(change)
 
-    def image_vectors(self, slopes: Tensor, products: list[Tensor], text: Tensor) -> StepVectors:
-        """Whitened vectors of training images for the second order."""
-        curvature = self.world.curvature
-        folded = [sketched(product, text, curvature, self.folds) for product in products]
-        return StepVectors(sketched(slopes, text, curvature, self.sketch), folded)
-
     def second_order(self, examples: Examples, queries: dict[int, StepVectors]) -> tuple[dict[str, Any], Tensor]:
         """(seconds of each part, loss changes [Q, B] of the last number of queries), batch by batch."""
         rows, draws = [], self.config.training_draws
         parts, products = {"gradients": 0.0, "compression": 0.0}, {str(count): 0.0 for count in queries}
-        for batch in batches(examples):
-            spent, (slopes, signed) = timed(partial(self.terms, batch, draws, 0))
+        for batch in examples.batches(BATCH):
+            spent, found = timed(partial(self.terms, batch, draws, 0))
             parts["gradients"] += spent
-            spent, vectors = timed(partial(self.image_vectors, slopes, signed, batch.text))
+            compressed = partial(
+                StepVectors.of_images, found, batch.text, self.world.curvature, self.sketch, self.folds
+            )
+            spent, vectors = timed(compressed)
             parts["compression"] += spent
             for count, side in queries.items():
                 spent, terms = timed(partial(loss_terms, side, vectors))

@@ -12,7 +12,7 @@ from tiny_teacher import tiny_teacher
 from torch.func import functional_call, jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from abu.amortised import PIECE, Examples, Sketch, inner_products, sketched
+from abu.amortised import PIECE, Examples, Sketch, inner_products
 from abu.collect_config import StepConfig
 from abu.curvature import Curvature
 from abu.draws import DrawConfig
@@ -82,11 +82,8 @@ def test_random_signs_are_keyed_by_image_and_draw():
 
 def found_terms(tiny, curvature, query, draws, fold=1, seed=0):
     whole, folded = Sketch.of(curvature), TwoFolds.of(curvature, fold, seed)
-    gradients, products = TrainingTerms(tiny.denoiser, tiny.schedule)(tiny.training, draws, 0)
-    images = StepVectors(
-        sketched(gradients, tiny.training.text, curvature, whole),
-        [sketched(product, tiny.training.text, curvature, folded) for product in products],
-    )
+    terms = TrainingTerms(tiny.denoiser, tiny.schedule)(tiny.training, draws, 0)
+    images = StepVectors.of_images(terms, tiny.training.text, curvature, whole, folded)
     return loss_terms(StepVectors(whole(query[None]), [folded(query[None])]), images)
 
 
