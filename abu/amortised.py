@@ -67,13 +67,21 @@ class Sketch:
 
     def __call__(self, rotated: Tensor) -> Tensor:
         """Sketches [B, size] of rotated gradients [B, out, in]."""
-        return (rotated.flatten(1) * self.factor).view(len(rotated), -1, self.size).sum(1)
+        parts = rotated.flatten(1).view(len(rotated), -1, self.size)
+        first, *others = self.factor.view(-1, self.size)
+        total = parts[:, 0] * first
+        for index, factor in enumerate(others, start=1):
+            total.addcmul_(parts[:, index], factor)
+        return total
 
 
 def sketched(gradients: Tensor, text: Tensor, curvature: DiagonalFisher, sketch: Compression) -> Tensor:
     """Whitened, compressed weight gradients [B, size], from output gradients g [B, T, out] and tokens a [B, T, in]."""
-    pieces = zip(gradients.split(CHUNK), text.split(CHUNK), strict=True)
-    return torch.cat([sketch(curvature.rotated_gradients(g, a)) for g, a in pieces])
+    found = gradients.new_empty(len(gradients), sketch.size)
+    pieces = (tensor.split(CHUNK) for tensor in (found, gradients, text))
+    for rows, g, a in zip(*pieces, strict=True):
+        rows.copy_(sketch(curvature.rotated_gradients(g, a)))
+    return found
 
 
 @dataclass(frozen=True)

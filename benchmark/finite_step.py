@@ -60,17 +60,28 @@ def load_changes(testbed: Testbed, passes: int, step: float = STEP) -> np.ndarra
     return loss_change_at(first, second, step, testbed.images)
 
 
+def run_teachers(testbed: Testbed, passes: int, step: float, tests: int) -> dict[str, np.ndarray]:
+    """Scores [runs, tests, N] of the last so many queries by both terms and by each alone, each run from its draws."""
+    first, second = (load_terms(testbed, passes, f"{term}_runs")[:, -tests:] for term in ("first", "second"))
+    changes = loss_change_at(first, second, step, testbed.images)
+    return {"both terms": changes, "first term": first, "second term": second}
+
+
+def draws_per_run(testbed: Testbed, passes: int) -> int:
+    """Draws of a training image in each run."""
+    config = read_manifest(steps_folder(testbed))["config"]
+    return config["bins"] * config["draws"] * passes
+
+
 def merge(testbed: Testbed, passes: int, step: float) -> dict:
     """Writes the rankings of every split and returns the report."""
     config = read_manifest(steps_folder(testbed))["config"]
     images, counts = testbed.images, {split: len(testbed.query_captions(split)) for split in SPLITS}
-    levels, tests = default_levels("emoji", images), counts["test"]
-    draws = 2 * [config["bins"] * config["draws"] * passes]
-    first, second = (load_terms(testbed, passes, f"{term}_runs")[:, -tests:] for term in ("first", "second"))
-    teachers = {"both terms": loss_change_at(first, second, step, images), "first term": first, "second term": second}
+    levels, draws = default_levels("emoji", images), [draws_per_run(testbed, passes)]
+    teachers = run_teachers(testbed, passes, step, counts["test"])
     report: dict = {"queries": counts, "passes": passes, "step": step}
     report["chance"] = {str(level): round(chance(level, images), 4) for level in levels}
-    report["teachers"] = {name: measure(runs[None], name, draws[:1], levels) for name, runs in teachers.items()}
+    report["teachers"] = {name: measure(runs[None], name, draws, levels) for name, runs in teachers.items()}
     scores = load_changes(testbed, passes, step)
     start = 0
     for split, count in counts.items():
@@ -101,7 +112,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"--step: expected a positive number, found {args.step}")
     testbed = testbed_from(args)
     report = merge(testbed, args.passes or whole_step_passes(testbed), args.step)
-    save_json(testbed.root / "results/teacher/reliability.json", report | {"environment": environment()})
+    name = "reliability.json" if testbed.name == "emoji" else f"reliability_{testbed.name}.json"
+    save_json(testbed.root / "results/teacher" / name, report | {"environment": environment()})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """How reliable the teacher is with N draws for each training image, and how many draws a wanted reliability needs.
 
-    python -m abu.collect scores
-    python -m benchmark.reliability --reliability 0.8       # results/teacher/reliability_draws.{json,png}
+    python -m abu.collect steps --passes 4
+    python -m benchmark.reliability --reliability 0.8       # results/teacher/draws_finite-step_emoji.{json,png}
+    python -m benchmark.reliability --teacher first-order   # of the scores of `python -m abu.collect scores`
 
 Two runs with independent draws on both sides score the same validation and test queries; each is judged by the other:
 Spearman over all images and mAP(L) (`benchmark.teacher.reliability`), for the first 1, 2, 4, … passes. Through the
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,9 +29,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from scipy.optimize import least_squares
 
-from abu.stages import folder_of, pass_counts, whole_passes
+from abu.stages import folder_of, pass_counts, steps_folder, whole_passes
 from abu.testbed import Testbed, add_testbed_flags, testbed_from
+from abu.unlearn import STEP
 from benchmark.figures import plt, save_figure
+from benchmark.finite_step import draws_per_run, run_teachers, whole_step_passes
 from benchmark.teacher import TEACHERS, measure, run_scores
 from fastgda.core import command_line, environment, read_manifest, save_json
 from fastgda.dataset import default_levels
@@ -132,21 +136,61 @@ def figure(rows: dict[str, list[dict]], fitted: dict[str, dict[str, Curve]], wan
     return drawing
 
 
-def report(testbed: Testbed, passes: int, wanted: float) -> tuple[dict[str, Any], Figure]:
-    """Measures, fits and answers for both teachers."""
+@dataclass(frozen=True)
+class Measured:
+    """What reliability is measured on."""
+
+    runs: dict[str, np.ndarray]
+    """Teacher -> scores [counts, runs, Q, N] of validation and test queries, after 1, 2, 4, … passes and all."""
+    draws: list[int]
+    """Draws of a training image and run, for each count."""
+    query_draws: int
+    """Draws of a query and run."""
+
+
+def first_order(testbed: Testbed, passes: int | None, queries: int) -> Measured:
+    """The teachers of `benchmark.teacher`."""
+    passes = passes or whole_passes(testbed)
     config = read_manifest(folder_of(testbed))["config"]
-    tests = len(testbed.query_captions("val")) + len(testbed.query_captions("test"))
-    draws = [config["bins"] * config["training_draws"] * count for count in pass_counts(passes)]
+    return Measured(
+        {teacher: run_scores(testbed, passes, teacher, queries) for teacher in TEACHERS},
+        [config["bins"] * config["training_draws"] * count for count in pass_counts(passes)],
+        config["bins"] * config["judged_query_draws"],
+    )
+
+
+def finite_step(testbed: Testbed, passes: int | None, queries: int) -> Measured:
+    """Those of `benchmark.finite_step`."""
+    counts = pass_counts(passes or whole_step_passes(testbed))
+    config = read_manifest(steps_folder(testbed))["config"]
+    found = [run_teachers(testbed, count, STEP, queries) for count in counts]
+    return Measured(
+        {teacher: np.stack([runs[teacher] for runs in found]) for teacher in found[0]},
+        [draws_per_run(testbed, count) for count in counts],
+        config["query_bins"] * config["judged_query_draws"],
+    )
+
+
+ORDERS: dict[str, Callable[[Testbed, int | None, int], Measured]] = {
+    "finite-step": finite_step,
+    "first-order": first_order,
+}
+
+
+def report(testbed: Testbed, order: str, passes: int | None, wanted: float) -> tuple[dict[str, Any], Figure]:
+    """Measures, fits and answers for the teachers of one order."""
+    queries = len(testbed.query_captions("val")) + len(testbed.query_captions("test"))
+    measured = ORDERS[order](testbed, passes, queries)
     levels = default_levels("emoji", testbed.images)
     rows, fitted, answers = {}, {}, {}
-    for teacher in TEACHERS:
-        rows[teacher] = measure(run_scores(testbed, passes, teacher, tests), teacher, draws, levels)
+    for teacher, runs in measured.runs.items():
+        rows[teacher] = measure(runs, teacher, measured.draws, levels)
         fitted[teacher] = curves(rows[teacher], levels, testbed.images)
-        answers[teacher] = [answer(name, curve, wanted, draws[-1]) for name, curve in fitted[teacher].items()]
+        answers[teacher] = [answer(name, curve, wanted, measured.draws[-1]) for name, curve in fitted[teacher].items()]
         for found in answers[teacher]:
             print(f"{teacher:11s} {sentence(found)}")
-    query_draws = config["bins"] * config["judged_query_draws"]
-    found = {"passes": passes, "queries": tests, "query_draws_per_run": query_draws, "rows": rows, "answers": answers}
+    found = {"teacher": order, "images": testbed.images, "queries": queries}
+    found |= {"query_draws_per_run": measured.query_draws, "rows": rows, "answers": answers}
     return found, figure(rows, fitted, wanted)
 
 
@@ -156,16 +200,17 @@ def main(argv: list[str] | None = None) -> None:
     shown = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m benchmark.reliability", description=__doc__, formatter_class=shown)
     add_testbed_flags(parser)
+    parser.add_argument("--teacher", choices=ORDERS, default="finite-step", help="whose scores (default: finite-step)")
     parser.add_argument("--passes", type=int, help="the scores made from so many passes (default: all whole passes)")
     parser.add_argument("--reliability", type=float, default=0.8, help="wanted value (default: %(default)s)")
     args = parser.parse_args(argv)
     if not 0 < args.reliability < 1:
         raise ValueError(f"--reliability: expected a number between 0 and 1, found {args.reliability}")
     testbed = testbed_from(args)
-    found, drawing = report(testbed, args.passes or whole_passes(testbed), args.reliability)
-    folder = testbed.root / "results/teacher"
-    save_json(folder / "reliability_draws.json", found | {"environment": environment()})
-    save_figure(drawing, folder / "reliability_draws.png")
+    found, drawing = report(testbed, args.teacher, args.passes, args.reliability)
+    stem = testbed.root / "results/teacher" / f"draws_{args.teacher}_{testbed.name}"
+    save_json(stem.with_suffix(".json"), found | {"environment": environment()})
+    save_figure(drawing, stem.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import shutil
@@ -31,7 +32,7 @@ from abu.sample import QUERY_SCHEMA
 from abu.second_order import TrainingTerms, TwoFolds, loss_change_at
 from abu.testbed import TESTBEDS
 from abu.unlearn import STEP
-from benchmark import finite_step, methods, teacher
+from benchmark import finite_step, forecast, methods, reliability, teacher
 from fastgda.core import ROOT, load_npz, read_manifest, save_npy, sha256_file
 from fastgda.rankings import load_rankings
 
@@ -297,3 +298,21 @@ def test_curvature_remembers_its_model(collected):
     weights = collected / "weights/emoji_ldm"
     manifest = read_manifest(weights / "ekfac.safetensors")
     assert manifest["inputs"]["denoiser"] == sha256_file(weights / "denoiser.safetensors")
+
+
+def test_a_forecast_is_compared_with_what_was_needed(collected):
+    command = ["--root", str(collected), "--jobs", "training", "exact", "--images", "256", "--queries", "2"]
+    assert forecast.main(command) == 0
+    report = json.loads((collected / "results/speed/forecast.json").read_text())
+    assert [row["job"] for row in report["rows"]] == ["training", "exact"]
+    for row in report["rows"]:
+        for name in ("seconds", "memory", "disk"):
+            found = row[name]
+            assert found["measured"] > 0
+            assert found["relative_error"] == pytest.approx(found["predicted"] / found["measured"] - 1, abs=0.05)
+        assert abs(row["disk"]["relative_error"]) < 0.2
+    assert not list((collected / "runs/forecast").glob("*"))
+    # a finite-step teacher's reliability, from its one pass
+    assert reliability.main(["--root", str(collected)]) == 0
+    found = json.loads((collected / "results/teacher/draws_finite-step_emoji.json").read_text())
+    assert found["rows"]["both terms"][0]["draws_per_run"] == 5 and found["queries"] == 7

@@ -253,16 +253,16 @@ def test_settings_of_a_store():
 
 def test_reliability_is_measured_fitted_and_drawn(root, capsys):
     assert collect.main(["scores", "--root", str(root), "--sketch", "384"]) == 0
-    assert reliability.main(["--root", str(root), "--reliability", "0.7"]) == 0
+    assert reliability.main(["--root", str(root), "--teacher", "first-order", "--reliability", "0.7"]) == 0
     assert reliability.main(["--root", str(root), "--reliability", "1.5"]) == 2
     printed = capsys.readouterr()
     assert "--reliability: expected a number between 0 and 1, found 1.5" in printed.err
-    report = json.loads((root / "results/teacher/reliability_draws.json").read_text())
+    report = json.loads((root / "results/teacher/draws_first-order_emoji.json").read_text())
     assert [row["draws_per_run"] for row in report["rows"]["plain"]] == [10, 20]
     (first, *others) = report["answers"]["normalised"]
     assert first["metric"] == "spearman" and first["collected"] == 20 and others
     assert first["draws_needed"] is None or first["draws_needed"] > 0
-    assert (root / "results/teacher/reliability_draws.png").read_bytes().startswith(b"\x89PNG")
+    assert (root / "results/teacher/draws_first-order_emoji.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_commands_write_their_reports(root, tmp_path, capsys):
