@@ -6,8 +6,8 @@
 The plain loop takes one query at a time: the losses of every image at θ0 and at θ_{−ẑ}, in batches of images, each
 timestep by itself. Both sides use the same model, images, timesteps, noise and number of threads, and must find the
 same loss changes; each runs several times in turn, and medians are compared. `shared_without_prefix` runs the modules
-before the first moved layer for every query. Peak memory is that of a process which
-runs one side only. The bfloat16 part ranks the images by the loss change under autocast and in float32, for several
+before the first moved layer for every query. Peak memory is that of a process which runs one side only, beside what it
+had before. The bfloat16 part ranks the images by the loss change under autocast and in float32, for several
 step sizes: Spearman per query with its standard error.
 """
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from abu.loss_draws import LossDraws
 from abu.sweep import Sweep, SweepConfig
 from abu.testbed import Testbed, add_testbed_flags, testbed_from
 from abu.unlearn import Change, UnlearnConfig, moved_model, natural_step, query_gradient
+from benchmark.peak import forget_peak, peak_bytes
 from fastgda.core import ROOT, best_device, command_line, environment, save_json
 from fastgda.flags import add_flags, from_flags
 from fastgda.metrics import spearman, standard_error
@@ -113,13 +113,13 @@ def measure_speed(exact: ExactInfluence, testbed: Testbed, config: SweepBenchmar
     }
 
 
-def measure_memory(argv: list[str], side: str) -> int:
-    """Peak bytes of a process that computes one side once."""
+def measure_memory(argv: list[str], side: str) -> dict[str, int]:
+    """Peak bytes of a process that computes one side once, and its bytes just before that."""
     command = [sys.executable, "-m", "benchmark.exact_sweep", *argv, "--side", side]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f"the {side} side: expected it to run, found: {done.stderr.strip().splitlines()[-1]}")
-    return int(json.loads(done.stdout.splitlines()[-1])["peak"])
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def measure_bf16(exact: ExactInfluence, testbed: Testbed, config: SweepBenchmark) -> list[dict]:
@@ -160,8 +160,10 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(config.threads)
     exact = ExactInfluence.of(testbed, UnlearnConfig(), LossDraws(), SweepConfig(), best_device())
     if args.side:
-        sides(exact, testbed, config)[args.side]()
-        print(json.dumps({"peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+        compute = sides(exact, testbed, config)[args.side]
+        before = forget_peak()
+        compute()
+        print(json.dumps({"peak": peak_bytes(), "before": before}))
         return
     report: dict = {"config": vars(config)}
     if args.bf16:
@@ -169,8 +171,8 @@ def main(argv: list[str] | None = None) -> None:
     else:
         report |= measure_speed(exact, testbed, config)
         given = sys.argv[1:] if argv is None else argv
-        report["peak_bytes"] = {side: measure_memory(given, side) for side in ("plain", "shared")}
-        print({name: report[name] for name in ("seconds", "ratio", "largest_difference", "spearman", "peak_bytes")})
+        report["memory_bytes"] = {side: measure_memory(given, side) for side in ("plain", "shared")}
+        print({name: report[name] for name in ("seconds", "ratio", "largest_difference", "spearman", "memory_bytes")})
     name = "exact_bf16.json" if args.bf16 else "exact_sweep.json"
     save_json(args.output or testbed.root / "results/speed" / name, report | {"environment": environment()})
 

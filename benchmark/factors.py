@@ -15,7 +15,6 @@ import copy
 import functools
 import json
 import logging
-import resource
 import statistics
 import subprocess
 import sys
@@ -39,6 +38,7 @@ from abu.kronfluence_files import load_curvature, save_curvature
 from abu.layers import PATTERNS, Layer, matrix_shape, select_layers
 from abu.models import DiffusionConfig, build_denoiser, noise_schedule
 from abu.testbed import TESTBEDS
+from benchmark.peak import forget_peak, peak_bytes
 from fastgda.core import ROOT, command_line, environment, save_json
 
 BATCH = 64
@@ -166,13 +166,13 @@ def compare(name: str, layers: str, repeats: int, folder: Path) -> dict[str, Any
 
 
 def peak(name: str, layers: str, side: str) -> int:
-    """Peak resident memory in bytes of this process, which fits once, or not at all with "none"."""
+    """Peak resident memory in bytes of this process while it fits once, or does not at all with "none"."""
     with tempfile.TemporaryDirectory() as folder:
         both = sides(SIZES[name], layers, Path(folder))
+        forget_peak()
         if side != "none":
             {"ours": both.ours, "theirs": both.theirs}[side]()
-    # kilobytes on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_bytes()
 
 
 def peak_in_process(name: str, layers: str, side: str) -> int:

@@ -1,7 +1,8 @@
 """Peak memory of both forms of influence, and how time grows with images, queries and workers.
 
-Each measurement runs in a process of its own, whose peak resident memory is what counts; a process that only loads the
-model is the base line. Workers are processes that share the images and the processors.
+Each measurement runs in a process of its own, whose peak resident memory counts from when model, images and the
+queries' gradients are in place; a process that has no more than these is the base line. Workers are processes that
+share the images and the processors.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from benchmark.peak import forget_peak, peak_bytes
 from benchmark.stopwatch import SpeedConfig, Stopwatch, timed
 from fastgda.core import ROOT, best_device, save_json
 
@@ -30,7 +31,7 @@ FORMS = ("base", "exact", "amortised")
 
 
 def child(options: dict[str, Any]) -> dict[str, float]:
-    """One measurement, in this process: {seconds, peak_bytes, images, queries}."""
+    """One measurement, in this process: {seconds, peak_bytes}."""
     torch.set_num_threads(options["threads"])
     args = argparse.Namespace(mode=options["mode"], root=Path(options["root"]) if options["root"] else None)
     images, queries = options["images"], options["queries"]
@@ -38,19 +39,16 @@ def child(options: dict[str, Any]) -> dict[str, float]:
         architecture=options["architecture"], images=images, draws=1, query_draws=1, exact_queries=(1, max(2, queries))
     )
     watch = Stopwatch(config.world(args, best_device()), config)
-    own = min(queries, len(watch.world.queries.ids))
+    _, gradients = watch.query_gradients(min(queries, len(watch.world.queries.ids)))
     seconds = 0.0
-    if options["form"] != "base":
-        _, gradients = watch.query_gradients(own)
+    forget_peak()
     if options["form"] == "exact":
         _, models = watch.unlearned(gradients)
         seconds, _ = watch.exact(watch.world.training, models)
     if options["form"] == "amortised":
         matrix = watch.query_matrix(gradients, queries)
         seconds, _ = timed(lambda: watch.amortised(watch.world.training, {queries: matrix}))
-    # kilobytes on Linux
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"seconds": seconds, "peak_bytes": peak}
+    return {"seconds": seconds, "peak_bytes": peak_bytes()}
 
 
 def start(options: dict[str, Any]) -> subprocess.Popen:

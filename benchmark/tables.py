@@ -86,6 +86,40 @@ def exact_table(report: Report) -> str:
     return markdown([*header, "relative change of the loss", "float32 noise"], rows)
 
 
+def whole_set(report: Report) -> list[Report]:
+    """Rows of a report of `benchmark.amortised_speed` for all training images."""
+    return report.get("all_images", report["rows"])
+
+
+def amortised_table(first: Report, second: Report) -> str:
+    """Time of the exact form and of both amortised ones by number of queries; each ratio is of one run."""
+    header = ["queries", "exact", "first order", "", "exact", "second order", ""]
+    rows = []
+    for row, other in zip(whole_set(first), whole_set(second), strict=True):
+        cells = [f"{row['queries']:,}"]
+        for found in (row, other):
+            cells += [duration(found["exact_seconds"]), duration(found["amortised_seconds"]), f"{found['ratio']:,.1f}×"]
+        rows.append(cells)
+    return markdown(header, rows)
+
+
+def scale_table(scale: Report) -> str:
+    """Costs of the paper's collection on MSCOCO, on the machine that measured them."""
+    rows = [
+        [name, f"{1e6 * scale[f'{name}_seconds_per_image_and_query']:,.3g} µs", f"{scale[f'{name}_days']:,.4g} days"]
+        for name in ("exact", "amortised")
+    ]
+    return markdown(["", "an image and query", "all of them"], rows)
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes, hours or days."""
+    for size, unit in ((86_400, "days"), (3_600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s"
+
+
 def results_block(results: Path) -> str:
     """Everything between the markers of README.md."""
 
@@ -113,6 +147,24 @@ def results_block(results: Path) -> str:
             f"{exact['config']['queries']} test queries and the whole training set, the same draws on both sides "
             "(`python -m benchmark.exact`):",
             exact_table(exact),
+        ]
+    if (results / "speed/amortised_emoji.json").is_file():
+        first, second = read("speed/amortised_emoji.json"), read("speed/second_order_emoji.json")
+        parts += [
+            f"Time of the exact form and of the amortised one, first and second order, for all {features['images']:,} "
+            f"images with 20 draws each on {first['threads']} cores, gradients of the queries included "
+            f"(`python -m benchmark.amortised_speed`; {first['images_timed']:,} and {second['images_timed']:,} images "
+            "timed, the exact form linear in queries beyond 4):",
+            amortised_table(first, second),
+        ]
+    if (results / "speed/amortised_coco.json").is_file():
+        scale = read("speed/amortised_coco.json")["paper_scale"]
+        parts += [
+            f"The paper's collection on MSCOCO ({scale['images']:,} images × {scale['views']} views × "
+            f"{scale['queries']:,} queries, 20 timesteps × 5 captions) on those cores, from the measured cost of a few "
+            "dozen images on the released model's shapes, first order (`--architecture coco`; its JSON lists the "
+            "assumptions):",
+            scale_table(scale),
         ]
     return "\n\n".join(parts)
 

@@ -58,3 +58,14 @@ def test_only_what_is_between_the_markers_changes():
 def test_the_readme_holds_the_tables_of_results():
     readme = (ROOT / "README.md").read_text()
     assert tables.with_results(readme, tables.results_block(ROOT / "results")) == readme
+
+
+def test_times_are_those_of_all_images_in_a_unit_that_reads_well():
+    row = {"queries": 1000, "exact_seconds": 200_000.0, "amortised_seconds": 150.0, "ratio": 1333.3}
+    report = {"rows": [row | {"queries": 1}], "all_images": [row]}
+    lines = tables.amortised_table(report, {"rows": [row | {"exact_seconds": 7_300.0}]}).splitlines()
+    assert lines[2:] == ["| 1,000 | 2.31 days | 2.5 min | 1,333.3× | 2.03 h | 2.5 min | 1,333.3× |"]
+    scale = {
+        f"{name}_{what}": 0.5 for name in ("exact", "amortised") for what in ("days", "seconds_per_image_and_query")
+    }
+    assert tables.scale_table(scale).splitlines()[2] == "| exact | 5e+05 µs | 0.5 days |"
