@@ -28,13 +28,14 @@ import sys
 from collections.abc import Callable
 from functools import partial
 
-from abu.cluster import add_cluster_flags, cluster_from, run_plan
-from abu.collect_config import CollectConfig, MeasuredConfig, ScoreConfig, StepConfig
+from abu.cluster import Worker, add_cluster_flags, cluster_from, run_plan
+from abu.collect_config import CollectConfig, MeasuredConfig, ScoreConfig, Settings, StepConfig
 from abu.collectors import GradientCollector, ScoreCollector, StepCollector
 from abu.estimate import estimate
 from abu.fisher import CurvatureConfig, fit_testbed
 from abu.measures import MEASURES
-from abu.plan import Collection
+from abu.plan import Collection, Piece
+from abu.room import piece_bytes, require_disk
 from abu.stages import (
     claimed,
     folder_of,
@@ -108,10 +109,29 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def planned(args: argparse.Namespace, testbed: Testbed) -> tuple[Settings, list[Piece], Callable[[], Worker]]:
+    """(settings, pieces, what builds a worker for them) of the stage that the flags ask for."""
+    passes = range(args.first_pass, args.first_pass + (args.passes or 1))
+    if args.stage == "scores":
+        scoring = ScoreConfig(args.sketch, growth=not args.no_growth, query_bits=args.query_bits)
+        pieces = score_plan(testbed, args.passes or whole_passes(testbed, args.measure))
+        return scoring, pieces, partial(ScoreCollector, testbed, scoring, args.measure, args.memory_gb)
+    if args.stage == "steps":
+        step = StepConfig(fold=args.fold, query_bits=args.query_bits)
+        return step, step_plan(testbed, passes), partial(StepCollector, testbed, step)
+    config = CollectConfig(bf16=args.bf16)
+    if args.measure != "loss":
+        config = MeasuredConfig(bf16=args.bf16, measure=args.measure)
+    pieces = query_plan(testbed) if args.stage == "queries" else training_plan(testbed, passes)
+    return config, pieces, partial(GradientCollector, testbed, config)
+
+
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
     args = parser().parse_args(argv)
+    if args.stage == "steps" and args.measure != "loss":
+        raise ValueError(f"--measure: expected loss for steps, found {args.measure}")
     testbed = testbed_from(args)
     if args.stage == "curvature":
         fit_testbed(testbed, testbed.load_source(best_device()), CurvatureConfig(), testbed.curvature)
@@ -119,26 +139,12 @@ def main(argv: list[str] | None = None) -> None:
     if args.stage == "status":
         print_status(testbed, args.measure)
         return
-    build: Callable[[], GradientCollector | ScoreCollector | StepCollector]
-    passes = range(args.first_pass, args.first_pass + (args.passes or 1))
-    if args.stage == "scores":
-        scoring = ScoreConfig(args.sketch, growth=not args.no_growth, query_bits=args.query_bits)
-        pieces = score_plan(testbed, args.passes or whole_passes(testbed, args.measure))
-        collection = claimed(testbed, scoring, args.measure)
-        build = partial(ScoreCollector, testbed, scoring, args.measure, args.memory_gb)
-    elif args.stage == "steps":
-        step = StepConfig(fold=args.fold, query_bits=args.query_bits)
-        pieces = step_plan(testbed, passes)
-        collection, build = claimed(testbed, step), partial(StepCollector, testbed, step)
-    else:
-        config = CollectConfig(bf16=args.bf16)
-        if args.measure != "loss":
-            config = MeasuredConfig(bf16=args.bf16, measure=args.measure)
-        pieces = query_plan(testbed) if args.stage == "queries" else training_plan(testbed, passes)
-        collection, build = claimed(testbed, config, args.measure), partial(GradientCollector, testbed, config)
+    config, pieces, build = planned(args, testbed)
+    collection = claimed(testbed, config, args.measure)
     if args.dry_run:
         print(estimate(build(), collection, pieces, args.workers or 1))
         return
+    require_disk(collection.folder, piece_bytes(testbed, config, collection.missing(pieces)))
     run_plan(build, collection, pieces, cluster_from(args))
 
 

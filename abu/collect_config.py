@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from abu.draws import DrawConfig
 
@@ -78,3 +79,6 @@ class StepConfig:
     def drawn(self, timesteps: int) -> DrawConfig:
         """Draws of one run and pass."""
         return DrawConfig(self.bins, self.draws, self.draws > 1, timesteps, self.seed)
+
+
+Settings: TypeAlias = CollectConfig | ScoreConfig | StepConfig

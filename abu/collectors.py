@@ -22,6 +22,7 @@ from abu.collect_config import CollectConfig, MeasuredConfig, ScoreConfig, StepC
 from abu.curvature import EKFAC
 from abu.gradients import MADE_BY, compressed, load_gradients, pack, stored_vectors
 from abu.plan import Collection, Piece
+from abu.room import require_memory, step_memory
 from abu.second_order import StepVectors, TrainingTerms, TwoFolds, loss_terms
 from abu.stages import examples_of, folder_of, pass_counts, query_plan
 from abu.testbed import SPLITS, Testbed
@@ -77,6 +78,10 @@ class StepCollector:
         self.testbed, self.config, self.device = testbed, config, best_device()
         self.curvature = EKFAC.load(testbed.curvature).to(self.device)
         self.whole, self.folded = Sketch.of(self.curvature), TwoFolds.of(self.curvature, config.fold, config.seed)
+        counts = {split: len(testbed.query_captions(split)) for split in SPLITS}
+        every = sum(counts.values())
+        needed = step_memory(every, every - counts["train"], self.curvature.eigenvalues.numel(), config)
+        require_memory(needed, f"--query_bits {config.query_bits} --fold {config.fold}, gradients of {every} queries")
         source = testbed.load_source(self.device)
         source.denoiser.to(memory_format=torch.channels_last)
         self.terms = TrainingTerms(source.denoiser, source.schedule)

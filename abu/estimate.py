@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import os
 import resource
-import shutil
 import time
 from dataclasses import dataclass
 
@@ -14,6 +12,7 @@ import torch
 
 from abu.cluster import Worker
 from abu.plan import Collection, Piece
+from abu.room import require_disk, require_memory
 
 SAMPLE = {"query": 16, "pass": 64, "scores": 64, "step": 64}
 """Examples that are computed to measure the rate."""
@@ -65,18 +64,9 @@ def estimate(worker: Worker, collection: Collection, pieces: list[Piece], worker
         disk += per_byte * (piece.stop - piece.start)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 * workers
     gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    found = Estimate(len(missing), seconds, memory, gpu, int(disk))
-    free, installed = (
-        shutil.disk_usage(collection.folder).free,
-        os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-    )
-    if found.disk > free:
-        raise ValueError(f"{collection.folder}: expected {found.disk / 2**30:.1f} GiB free, found {free / 2**30:.1f}")
-    if found.memory > installed:
-        raise ValueError(
-            f"--workers {workers}: expected {found.memory / 2**30:.1f} GiB of memory, found {installed / 2**30:.1f}"
-        )
-    return found
+    require_disk(collection.folder, int(disk))
+    require_memory(memory, f"--workers {workers}")
+    return Estimate(len(missing), seconds, memory, gpu, int(disk))
 
 
 def _measure(worker: Worker, piece: Piece) -> tuple[float, float]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import resource
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +14,7 @@ from abu.amortised import Examples
 from abu.estimate import Estimate
 from abu.exact_collection import ExactCollector, change_bytes, disk_bytes
 from abu.influence import ExactInfluence
+from abu.room import require_disk, require_memory
 from abu.unlearn import query_gradient
 
 TRIAL_DRAWS = 6
@@ -32,15 +31,8 @@ def require_room(collector: ExactCollector, workers: int) -> tuple[int, int]:
     memory = workers * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + inputs + tile)
     stored = sum(path.stat().st_size for path in folder.glob("*.npz"))
     disk = max(0, disk_bytes(plan, config, collector.exact.model) - stored)
-    existing = next(path for path in (folder, *folder.resolve().parents) if path.is_dir())
-    free, installed = shutil.disk_usage(existing).free, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if disk > free:
-        raise ValueError(f"{folder}: expected {disk / 2**30:.2f} GiB free for the pieces, found {free / 2**30:.2f}")
-    if memory > installed:
-        raise ValueError(
-            f"--tile {config.plan.tile} --shard {config.plan.shard}: expected {memory / 2**30:.1f} GiB of memory "
-            f"for {workers} workers, found {installed / 2**30:.1f}"
-        )
+    require_disk(folder, disk)
+    require_memory(memory, f"--tile {config.plan.tile} --shard {config.plan.shard}, {workers} workers")
     return memory, disk
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from abu.amortised import Examples
-from abu.collect_config import CollectConfig, ScoreConfig, StepConfig
+from abu.collect_config import ScoreConfig, Settings, StepConfig
 from abu.plan import Collection, Piece, Stage, cut
 from abu.testbed import SPLITS, Testbed
 from fastgda.core import relative, require_file, sha256_file
@@ -81,7 +81,7 @@ def whole_passes(testbed: Testbed, measure: str = "loss") -> int:
     return count
 
 
-def claimed(testbed: Testbed, config: CollectConfig | ScoreConfig | StepConfig, measure: str = "loss") -> Collection:
+def claimed(testbed: Testbed, config: Settings, measure: str = "loss") -> Collection:
     """The folder of the gradients or scores of these settings; `ValueError` if it holds others."""
     files = [testbed.source / "denoiser.safetensors"]
     files += [testbed.data / f"query_{split}/latents.npy" for split in SPLITS]

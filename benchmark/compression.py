@@ -230,7 +230,7 @@ def main(argv: list[str] | None = None) -> None:
     testbed = testbed_from(args)
     report = compare(testbed, from_flags(CompressionConfig, args), best_device())
     folder: Path = testbed.root / "results/teacher"
-    save_json(folder / "compression.json", report | {"environment": environment()})
+    save_json(folder / "compression.json", {"testbed": testbed.name} | report | {"environment": environment()})
     save_figure(figure(report["rows"]), folder / "compression.png")
 
 

@@ -88,7 +88,7 @@ def exact_table(report: Report) -> str:
 
 def whole_set(report: Report) -> list[Report]:
     """Rows of a report of `benchmark.amortised_speed` for all training images."""
-    return report.get("all_images", report["rows"])
+    return report["all_images"] if "all_images" in report else report["rows"]
 
 
 def amortised_table(first: Report, second: Report) -> str:
@@ -105,11 +105,13 @@ def amortised_table(first: Report, second: Report) -> str:
 
 def scale_table(scale: Report) -> str:
     """Costs of the paper's collection on MSCOCO, on the machine that measured them."""
-    rows = [
-        [name, f"{1e6 * scale[f'{name}_seconds_per_image_and_query']:,.3g} µs", f"{scale[f'{name}_days']:,.4g} days"]
-        for name in ("exact", "amortised")
-    ]
-    return markdown(["", "an image and query", "all of them"], rows)
+    rows = []
+    for name in ("exact", "amortised"):
+        cost, days = scale[f"{name}_seconds_per_image_and_query"], scale[f"{name}_days"]
+        rows.append([name, f"{1e3 * cost:,.4g} ms", f"{days:,.1f} days"])
+    for draws, days in scale["query_gradient_days"].items():
+        rows.append([f"gradients of the queries, {int(draws):,} draws each", "", f"{days:,.1f} days"])
+    return markdown(["", "an image and a query", "all of them"], rows)
 
 
 def duration(seconds: float) -> str:
@@ -163,7 +165,7 @@ def results_block(results: Path) -> str:
             f"The paper's collection on MSCOCO ({scale['images']:,} images × {scale['views']} views × "
             f"{scale['queries']:,} queries, 20 timesteps × 5 captions) on those cores, from the measured cost of a few "
             "dozen images on the released model's shapes, first order (`--architecture coco`; its JSON lists the "
-            "assumptions):",
+            "assumptions). Both need the queries' gradients:",
             scale_table(scale),
         ]
     return "\n\n".join(parts)

@@ -20,9 +20,9 @@ import pytest
 import torch
 from PIL import Image
 
-from abu import collect, stages
+from abu import collect, room, stages
 from abu.amortised import MeanGradients
-from abu.collect_config import StepConfig
+from abu.collect_config import ScoreConfig, StepConfig
 from abu.collectors import ScoreCollector, StepCollector
 from abu.curvature import EKFAC
 from abu.gradients import load_gradients, pack, unpack
@@ -316,3 +316,24 @@ def test_a_forecast_is_compared_with_what_was_needed(collected):
     assert reliability.main(["--root", str(collected)]) == 0
     found = json.loads((collected / "results/teacher/draws_finite-step_emoji.json").read_text())
     assert found["rows"]["both terms"][0]["draws_per_run"] == 5 and found["queries"] == 7
+
+
+def test_what_the_disk_or_the_memory_will_not_hold_is_refused_before_work(collected, testbed, capsys, monkeypatch):
+    for stage, config in (("training", collect.CollectConfig()), ("scores", ScoreConfig()), ("steps", StepConfig())):
+        (pieces, folder) = {
+            "training": (stages.training_plan(testbed, range(1)), "cache/teacher"),
+            "scores": (stages.score_plan(testbed, 2), "cache/teacher/scores"),
+            "steps": (stages.step_plan(testbed, range(1)), "cache/teacher/steps"),
+        }[stage]
+        stored = sum((testbed.data / folder / piece.name).stat().st_size for piece in pieces)
+        # what is left are the headers of the arrays
+        assert 0 <= stored - room.piece_bytes(testbed, config, pieces) < 2048 * len(pieces)
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**40, 2**40, 1024))
+    for stage in ("training", "steps"):
+        assert collect.main([stage, "--root", str(collected), "--first_pass", "7"]) == 2
+        assert "GiB free for the pieces, found 0.00" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setattr(room.os, "sysconf", lambda name: 64)
+    assert collect.main(["steps", "--root", str(collected), "--first_pass", "7"]) == 2
+    assert "gradients of 77 queries: expected 0.0 GiB of memory, found 0.0" in capsys.readouterr().err
+    assert not list((testbed.data / "cache/teacher").rglob("*_7_*"))

@@ -211,7 +211,7 @@ def test_a_loss_that_is_not_finite_stops_the_collection_and_names_the_image(root
 
 
 def test_too_little_memory_or_disk_is_refused_before_work(root, tmp_path, capsys, monkeypatch):
-    for name, message in (("change_bytes", "GiB of memory for 1 workers, found"), ("disk_bytes", "GiB free")):
+    for name, message in (("change_bytes", "1 workers: expected "), ("disk_bytes", "GiB free for the pieces, found")):
         with monkeypatch.context() as patch:
             patch.setattr(exact_estimate, name, lambda *args: 2**60)
             assert collect(root, "all", *with_lists(root, "--folder", str(tmp_path / "new"))) == 2

@@ -65,7 +65,10 @@ def test_times_are_those_of_all_images_in_a_unit_that_reads_well():
     report = {"rows": [row | {"queries": 1}], "all_images": [row]}
     lines = tables.amortised_table(report, {"rows": [row | {"exact_seconds": 7_300.0}]}).splitlines()
     assert lines[2:] == ["| 1,000 | 2.31 days | 2.5 min | 1,333.3× | 2.03 h | 2.5 min | 1,333.3× |"]
-    scale = {
-        f"{name}_{what}": 0.5 for name in ("exact", "amortised") for what in ("days", "seconds_per_image_and_query")
-    }
-    assert tables.scale_table(scale).splitlines()[2] == "| exact | 5e+05 µs | 0.5 days |"
+    scale: dict = {f"{name}_seconds_per_image_and_query": 0.5 for name in ("exact", "amortised")}
+    scale |= {"exact_days": 20_000.4, "amortised_days": 0.5, "query_gradient_days": {"50000": 3.25}}
+    assert tables.scale_table(scale).splitlines()[2:] == [
+        "| exact | 500 ms | 20,000.4 days |",
+        "| amortised | 500 ms | 0.5 days |",
+        "| gradients of the queries, 50,000 draws each |  | 3.2 days |",
+    ]
