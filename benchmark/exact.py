@@ -1,6 +1,6 @@
 """How close amortised AbU+ is to the exact loss change, for several step sizes, on the full training set.
 
-    python -m benchmark.exact --queries 10 --steps 0.01 0.1 1      # resumable; results/teacher/exact.json
+    python -m benchmark.exact --queries 10 --steps 0.01 0.1 1      # resumable; results/teacher/exact.{json,png}
 
 All sides use the same query gradient and the same draws of (t, ε) for each training image, so what is compared is the
 expansion alone: its first term ⟨w, ∇𝓛⟩, and both terms (`abu.second_order`), with ‖Jw‖² as it is when so many random
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -28,13 +29,24 @@ from abu.draws import DrawConfig
 from abu.influence import ExactInfluence, all_draws, mean_losses
 from abu.keyvalue import OutputGradients
 from abu.loss_draws import LossDraws
+from abu.plan import Collection
 from abu.second_order import loss_change_at
 from abu.sweep import SweepConfig
 from abu.testbed import Testbed, add_testbed_flags, testbed_from
 from abu.unlearn import UnlearnConfig, moved_model, natural_step, query_gradient
-from fastgda.core import best_device, command_line, environment, load_npz, save_json, save_npz
+from benchmark.figures import plt, save_figure
+from fastgda.core import (
+    best_device,
+    command_line,
+    environment,
+    load_npz,
+    require_file,
+    save_json,
+    save_npz,
+    sha256_file,
+)
 from fastgda.dataset import default_levels
-from fastgda.metrics import overlap, spearman
+from fastgda.metrics import overlap, spearman, standard_error
 from fastgda.rankings import from_scores
 
 SHARD, BATCH = 512, 64
@@ -161,31 +173,63 @@ def summarise(folder: Path, config: ExactConfig) -> list[dict]:
 
 
 def agreement(amortised: np.ndarray, exact: np.ndarray) -> dict:
-    """Spearman and overlap at L of the rankings of two scores [Q, N], means over queries."""
+    """Spearman and overlap at L of the rankings of two scores [Q, N]: means over queries, errors, every query's."""
     levels, truth = default_levels("emoji", exact.shape[1]), from_scores(exact).rank
-    shared, order = overlap(amortised, truth, levels).mean(0), spearman(amortised, truth)
+    shared, order = overlap(amortised, truth, levels), spearman(amortised, truth)
+
+    def by_level(values: np.ndarray) -> dict[str, float]:
+        return dict(zip(map(str, levels), values.round(4).tolist(), strict=True))
+
     return {
         "spearman": round(float(order.mean()), 4),
+        "spearman_standard_error": round(float(standard_error(order)), 4),
         "spearman_min": round(float(order.min()), 4),
-        "overlap": dict(zip(map(str, levels), shared.round(4).tolist(), strict=True)),
+        "spearman_by_query": order.round(4).tolist(),
+        "overlap": by_level(shared.mean(0)),
+        "overlap_standard_error": by_level(standard_error(shared)),
     }
+
+
+def figure(rows: list[dict]) -> Figure:
+    """Agreement with the exact form against the step, for one term and for both."""
+    drawing, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True)
+    steps, level = [row["step"] for row in rows], next(iter(rows[0]["both_terms"]["overlap"]))
+    for terms in ("first_term", "both_terms"):
+        found = [row[terms] for row in rows]
+        label = terms.replace("_", " ")
+        order, errors = ([one[key] for one in found] for key in ("spearman", "spearman_standard_error"))
+        axes[0].errorbar(steps, order, errors, marker="o", label=label)
+        shared, spread = ([one[key][level] for one in found] for key in ("overlap", "overlap_standard_error"))
+        axes[1].errorbar(steps, shared, spread, marker="o", label=label)
+    axes[0].set(xscale="log", xlabel="step α", ylabel="Spearman with the exact form", ylim=(0, 1.02))
+    axes[1].set(xscale="log", xlabel="step α", ylabel=f"overlap of the first {level}")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    return drawing
 
 
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m benchmark.exact", description=__doc__.splitlines()[0])
+    shown = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m benchmark.exact", description=__doc__, formatter_class=shown)
     add_testbed_flags(parser)
     parser.add_argument("--queries", type=int, default=ExactConfig.queries, help="the first so many test queries")
     parser.add_argument("--steps", type=float, nargs="+", default=ExactConfig.steps, help="values of α in eq. 1")
     args = parser.parse_args(argv)
-    testbed, device = testbed_from(args), best_device()
-    config = ExactConfig(args.queries, tuple(args.steps))
-    folder = testbed.data / "cache" / f"exact_{config.queries}_{'_'.join(map(str, config.steps))}"
-    exact = ExactInfluence.of(testbed, UnlearnConfig(), config.draws, SweepConfig(), device)
-    collect(exact, testbed, folder, config)
-    report = {"config": vars(config), "rows": summarise(folder, config), "environment": environment()}
-    save_json(testbed.root / "results/teacher/exact.json", report)
+    testbed, config = testbed_from(args), ExactConfig(args.queries, tuple(args.steps))
+    exact = ExactInfluence.of(testbed, UnlearnConfig(), config.draws, SweepConfig(), best_device())
+    collection = Collection(testbed.data / "cache" / f"exact_{config.queries}_{'_'.join(map(str, config.steps))}")
+    files = [testbed.source / "denoiser.safetensors", testbed.curvature, testbed.data / "query_test/latents.npy"]
+    files += [testbed.data / "trainset" / name for name in ("latents.npy", "text_embeddings.npy")]
+    inputs = {path.relative_to(testbed.root).as_posix(): sha256_file(require_file(path)) for path in files}
+    collection.claim(config, inputs, "python -m benchmark.exact")
+    collect(exact, testbed, collection.folder, config)
+    rows = summarise(collection.folder, config)
+    results = testbed.root / "results/teacher"
+    save_json(results / "exact.json", {"config": vars(config), "rows": rows, "environment": environment()})
+    save_figure(figure(rows), results / "exact.png")
 
 
 if __name__ == "__main__":

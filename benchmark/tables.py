@@ -76,9 +76,9 @@ def exact_table(report: Report) -> str:
                 [
                     f"{row['step']:g}" if leading else "",
                     terms.replace("_", " "),
-                    f"{found['spearman']:.4f}",
+                    f"{found['spearman']:.4f} ± {found['spearman_standard_error']:.4f}",
                     f"{found['spearman_min']:.4f}",
-                    *(f"{found['overlap'][level]:.3f}" for level in levels),
+                    *(number(found["overlap"][level], found["overlap_standard_error"][level]) for level in levels),
                     f"{row['relative_change']:.1e}" if leading else "",
                     f"{row['float32_noise']:.1e}" if leading else "",
                 ]
