@@ -163,7 +163,9 @@ def load_credit(
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python demo.py", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python demo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for cls in (DemoConfig, Limits):
         add_flags(parser, cls)
     args = parser.parse_args(argv)

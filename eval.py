@@ -71,7 +71,8 @@ def without_baseline(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(description="Evaluates features and rankers against the teacher's rankings.")
+    shown = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python eval.py", description=__doc__, formatter_class=shown)
     add = parser.add_argument
     add("--mode", choices=MODES, default="emoji", help="which layout and which L (default: emoji)")
     add("--ftype", nargs="+", help="feature types, folders under <data_dir>/feats (default: the mode's usual one)")

@@ -47,7 +47,8 @@ DEFAULT_RECIPES = {"coco": "paper", "emoji": "best"}
 
 def parser_for(recipe: str, mode: str = "emoji") -> argparse.ArgumentParser:
     """The parser whose training defaults are those of `recipe`, the others those of `mode`."""
-    parser = argparse.ArgumentParser(description="Trains the ranker on the teacher's rankings.")
+    shown = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python train.py", description=__doc__, formatter_class=shown)
     add = parser.add_argument
     add(
         "--recipe",

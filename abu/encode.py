@@ -61,7 +61,8 @@ def encode_captions(testbed: Testbed, device: torch.device, batch_size: int = 25
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m abu.encode", description=__doc__.splitlines()[0])
+    shown = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m abu.encode", description=__doc__, formatter_class=shown)
     add_testbed_flags(parser)
     parser.add_argument("--flips", action="store_true", help="also encode the images flipped left to right")
     args = parser.parse_args(argv)

@@ -278,7 +278,11 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m abu.fisher", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     stages = parser.add_subparsers(dest="stage", required=True)
-    fit = stages.add_parser("fit", help="estimate the factors on a testbed's training set")
+    fit = stages.add_parser(
+        "fit",
+        help="estimate the factors on a testbed's training set",
+        epilog="example: python -m abu.fisher fit --kind diagonal --layers attn --output diagonal",
+    )
     add_testbed_flags(fit)
     add_flags(fit, CurvatureConfig)
     fit.add_argument("--source", help="COCO's model.bin or a pipeline of diffusers, in place of a testbed's model")
@@ -287,11 +291,19 @@ def main(argv: list[str] | None = None) -> None:
         "--output", type=Path, help="a folder in Kronfluence's layout, or for the default a .safetensors file"
     )
     fit.set_defaults(run=run_fit)
-    inspect = stages.add_parser("inspect", help="print and draw the spectrum of each layer")
+    inspect = stages.add_parser(
+        "inspect",
+        help="print and draw the spectrum of each layer",
+        epilog="example: python -m abu.fisher inspect weights/emoji_ldm/ekfac.safetensors --output spectrum.png",
+    )
     inspect.add_argument("path", type=Path, help="a .safetensors file or a folder in Kronfluence's layout")
     inspect.add_argument("--output", type=Path, default=Path("spectrum.png"), help="the picture (default: %(default)s)")
     inspect.set_defaults(run=run_inspect)
-    convert = stages.add_parser("convert", help="from one file to a folder in Kronfluence's layout, or back")
+    convert = stages.add_parser(
+        "convert",
+        help="from one file to a folder in Kronfluence's layout, or back",
+        epilog="example: python -m abu.fisher convert weights/emoji_ldm/ekfac.safetensors kronfluence_factors",
+    )
     add_testbed_flags(convert)
     convert.add_argument("--layers", choices=tuple(PATTERNS), default="cross-attn-kv", help="which layers they are of")
     convert.add_argument("source", type=Path)

@@ -26,12 +26,13 @@ LayerPattern = Literal["cross-attn-kv", "cross-attn", "attn", "all"]
 PATTERNS: dict[str, str] = {
     "cross-attn-kv": r"attn2\.to_[kv]",
     "cross-attn": r"attn2\.(to_[qkv]|to_out\.0)",
-    "attn": r"(to_[qkv]|to_out\.0)",
+    "attn": r"(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)",
     "all": r".*",
 }
 """Pattern -> regular expression for the end of a layer's name: text key/value projections of cross-attention, all
 projections of cross-attention, those of all attention, every Linear and Conv2d. A model that declares its text
-key/value projections (`declare_key_values`) has those for "cross-attn-kv", whatever they are called."""
+key/value projections (`declare_key_values`) has those for "cross-attn-kv", whatever they are called, and the attention
+modules that own them for "cross-attn"."""
 DECLARED = "text_key_values"
 """Attribute that holds a model's declared text key/value projections."""
 Layer: TypeAlias = nn.Linear | nn.Conv2d
@@ -53,10 +54,14 @@ def select_layers(model: nn.Module, pattern: str = "cross-attn-kv") -> dict[str,
     if pattern not in PATTERNS:
         raise ValueError(f"layers: expected one of {', '.join(PATTERNS)}, found {pattern!r}")
     existing: dict[str, Layer] = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
-    ending = re.compile(rf"(.*\.)?{PATTERNS[pattern]}")
-    declared = getattr(model, DECLARED, None) if pattern == "cross-attn-kv" else None
-    wanted = (lambda name: name in declared) if declared is not None else ending.fullmatch
-    layers = {name: layer for name, layer in existing.items() if wanted(name)}
+    wanted = re.compile(rf"(.*\.)?{PATTERNS[pattern]}")
+    declared = getattr(model, DECLARED, None)
+    if declared is not None and pattern == "cross-attn-kv":
+        wanted = re.compile("|".join(map(re.escape, declared)))
+    elif declared is not None and pattern == "cross-attn":
+        owners = {name.rpartition(".")[0] for name in declared}
+        wanted = re.compile(rf"({'|'.join(map(re.escape, sorted(owners)))})\.{PATTERNS['attn']}")
+    layers = {name: layer for name, layer in existing.items() if wanted.fullmatch(name)}
     if not layers:
         kinds = sorted({re.sub(r"\d+", "*", name) for name in existing})
         listed = ", ".join(kinds[:SHOWN]) + (f" and {len(kinds) - SHOWN} more" if len(kinds) > SHOWN else "")

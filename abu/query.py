@@ -135,12 +135,20 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m abu.query", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     stages = parser.add_subparsers(dest="stage", required=True)
-    build = stages.add_parser("build", help="compress the stored training gradients for new queries")
+    build = stages.add_parser(
+        "build",
+        help="compress the stored training gradients for new queries",
+        epilog="example: python -m abu.query build --size 24576",
+    )
     add_testbed_flags(build)
     add_flags(build, StoreConfig)
     build.add_argument("--passes", type=int, help="the first so many passes (default: all whole ones)")
     build.set_defaults(run=run_build)
-    query = stages.add_parser("score", help="score new queries")
+    query = stages.add_parser(
+        "score",
+        help="score new queries",
+        epilog='example: python -m abu.query score --image heart.png --prompt "red heart, noto style"',
+    )
     add_testbed_flags(query)
     query.add_argument("--split", choices=SPLITS, help="queries of the testbed")
     query.add_argument("--image", type=Path, help="a picture; with --prompt")

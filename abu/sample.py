@@ -217,7 +217,9 @@ def sample_grid(model: SourceModel, encoder: MiniLM, config: SampleConfig, conce
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m abu.sample", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m abu.sample", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_testbed_flags(parser)
     parser.add_argument("--splits", nargs="+", choices=SPLITS, default=SPLITS)
     parser.add_argument("--guidance", type=float, default=SampleConfig.guidance, help="classifier-free guidance weight")

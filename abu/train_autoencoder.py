@@ -56,7 +56,11 @@ def standardise(model: Autoencoder, images: Tensor, device: torch.device, batch_
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m abu.train_autoencoder", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m abu.train_autoencoder",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add_testbed_flags(parser)
     parser.add_argument("--steps", type=int, help="optimisation steps (default: the testbed's recipe)")
     args = parser.parse_args(argv)

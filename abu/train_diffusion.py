@@ -45,7 +45,9 @@ def diffusion_loss(latents: Tensor, text: Tensor, schedule: NoiseSchedule, devic
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m abu.train_diffusion", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m abu.train_diffusion", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_testbed_flags(parser)
     parser.add_argument("--steps", type=int, help="optimisation steps (default: the testbed's recipe)")
     parser.add_argument("--compile", action="store_true", help="compile the model with torch.compile")

@@ -99,7 +99,9 @@ def named_by_prompt(query_sets: list[str], names: tuple[str, ...]) -> np.ndarray
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m benchmark.creators", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmark.creators", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("scores", type=Path, nargs="+", help="arrays [Q, N] of a method, higher = more influential")
     add_judge_flags(parser)
     parser.add_argument("--split", choices=("val", "test"), default="test", help="which queries (default: test)")

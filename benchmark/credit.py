@@ -204,7 +204,9 @@ def report(config: CreditConfig) -> tuple[Credit, dict[str, Any]]:
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m benchmark.credit", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmark.credit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_flags(parser, CreditConfig)
     config = from_flags(CreditConfig, parser.parse_args(argv))
     credit, found = report(config)

@@ -66,7 +66,9 @@ def reliability_curves(report: dict) -> Figure:
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m benchmark.figures", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmark.figures", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_testbed_flags(parser)
     testbed = testbed_from(parser.parse_args(argv))
     results = testbed.root / "results"

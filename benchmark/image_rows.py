@@ -60,7 +60,9 @@ def sheet(rows: list[tuple[str, list[Image.Image], Image.Image | None]]) -> Imag
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m benchmark.image_rows", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmark.image_rows", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("scores", type=Path, nargs="+", help="score files [Q, N], one row each")
     add_judge_flags(parser)
     parser.add_argument("--queries", type=int, nargs="+", default=[0, 1, 2], help="test queries (default: 0 1 2)")

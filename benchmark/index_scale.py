@@ -228,7 +228,11 @@ def summary(piece: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
     assert __doc__ is not None
-    parser = argparse.ArgumentParser(prog="python -m benchmark.index_scale", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmark.index_scale",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add_flags(parser, ScaleConfig)
     parser.add_argument("--measure", nargs=3, metavar=("FOLDER", "TRUTH", "OPTIONS"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

@@ -127,7 +127,9 @@ def exact_cost(testbed: Testbed) -> Cost:
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m benchmark.latency", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmark.latency", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     known = f"{TUNED}, {EXACT}, {', '.join(METHODS)}, or feature types"
     parser.add_argument("methods", nargs="+", help=known)
     add_judge_flags(parser)

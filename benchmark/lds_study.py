@@ -76,7 +76,9 @@ STUDIES: dict[str, Callable[[], Study]] = {"layers": layers, "damping": damping,
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m benchmark.lds_study", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmark.lds_study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_judge_flags(parser)
     parser.add_argument("--study", choices=sorted(STUDIES), required=True)
     parser.add_argument("--split", choices=("val", "test"), default="val", help="which queries (default: val)")

@@ -146,7 +146,11 @@ def board_lines(rows: list[dict[str, Any]]) -> list[str]:
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m benchmark.leaderboard", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmark.leaderboard",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("scores", type=Path, nargs="*", help="score files [Q, N]; none: print the board")
     add_judge_flags(parser)
     parser.add_argument("--models", type=int, default=64, help="models trained on halves (default: 64)")

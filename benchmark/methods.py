@@ -117,7 +117,9 @@ def gradient_scores(testbed: Testbed, method: str, args: argparse.Namespace) -> 
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m benchmark.methods", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmark.methods", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     known = f"{RANDOM}, {TUNED}, {', '.join([*COLLECTED, *NEAREST, *METHODS])}, or feature types"
     parser.add_argument("methods", nargs="+", help=known)
     add_judge_flags(parser)

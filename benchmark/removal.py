@@ -189,7 +189,9 @@ def models_of(plan: Plan, config: RemovalConfig) -> list[Retraining]:
 
 def parser() -> argparse.ArgumentParser:
     """Flags of the command."""
-    made = argparse.ArgumentParser(prog="python -m benchmark.removal", description=__doc__.splitlines()[0])
+    made = argparse.ArgumentParser(
+        prog="python -m benchmark.removal", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     made.add_argument("what", choices=("run", "report"))
     made.add_argument("scores", type=Path, nargs="+", help="arrays [Q, N] of a method, higher = more influential")
     add_judge_flags(made)

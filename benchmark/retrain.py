@@ -218,7 +218,9 @@ def add_judge_flags(parser: argparse.ArgumentParser) -> None:
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m benchmark.retrain", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmark.retrain", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=(*MODELS, "status"))
     add_judge_flags(parser)
     defaults = ", ".join(f"{name} {count}" for name, count in MODELS.items())

@@ -88,7 +88,11 @@ def screenshot(config: ScreenshotConfig) -> None:
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m benchmark.screenshot_demo", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmark.screenshot_demo",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add_flags(parser, ScreenshotConfig)
     config = from_flags(ScreenshotConfig, parser.parse_args(argv))
     screenshot(config)

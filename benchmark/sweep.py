@@ -193,7 +193,9 @@ def draw_figures(output: Path) -> None:
 
 def parser(base: TrainConfig = RECIPES["best"]) -> argparse.ArgumentParser:
     """The command's flags; `base`: the defaults of those of training."""
-    found = argparse.ArgumentParser(prog="python -m benchmark.sweep", description=__doc__.splitlines()[0])
+    found = argparse.ArgumentParser(
+        prog="python -m benchmark.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = found.add_argument
     add("--studies", nargs="+", choices=sorted(STUDIES), default=list(STUDIES), help="studies to run (default: all)")
     add("--seeds", type=int, default=3, help="runs of every setting (default: 3)")

@@ -120,7 +120,9 @@ def throughput_figure(reports: dict[str, Row], level: int) -> Figure:
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m benchmark.table1", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmark.table1", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of the judges' JSON files")
     parser.add_argument("--level", type=int, help="K of the figure (default: the largest)")
     args = parser.parse_args(argv)

@@ -181,7 +181,9 @@ def with_results(readme: str, block: str) -> str:
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m benchmark.tables", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmark.tables", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.parse_args(argv)
     readme = ROOT / "README.md"
     text = with_results(readme.read_text(), results_block(ROOT / "results"))

@@ -149,7 +149,9 @@ def merge(testbed: Testbed, passes: int, out: Path) -> dict:
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m benchmark.teacher", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmark.teacher", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_testbed_flags(parser)
     parser.add_argument("--passes", type=int, help="the scores made from so many passes (default: all whole passes)")
     args = parser.parse_args(argv)

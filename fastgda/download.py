@@ -263,7 +263,9 @@ def _line(error: Exception) -> str:
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m fastgda.download", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m fastgda.download", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
     add("--source", default=REPOSITORY, help=f"dataset of the hub, or a folder (default: {REPOSITORY})")
     add("--data_dir", type=Path, default=ROOT / "data", help="folder above coco/ (default: data)")

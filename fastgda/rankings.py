@@ -246,7 +246,9 @@ class _ArrayUnpickler(pickle.Unpickler):
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Converts a released ranking pickle to `.npz`."""
-    parser = argparse.ArgumentParser(prog="python -m fastgda.rankings", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m fastgda.rankings", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     convert = parser.add_subparsers(required=True).add_parser("convert", help=main.__doc__, description=main.__doc__)
     add = convert.add_argument
     add("source", type=Path, help="released pickle (influence_train.pkl, influence_test.pkl, nn_dino.pkl)")

@@ -324,7 +324,11 @@ def contact_sheet(rows: list[dict], pixels: int, per_set: int = 24, seed: int = 
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m feature_extraction.emoji", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m feature_extraction.emoji",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     mode_help = "all images at 64 px, or a small subset at 32 px"
     parser.add_argument("--mode", choices=sorted(PIXELS), default="emoji", help=mode_help)
     parser.add_argument("--out", type=Path, help="output folder (default: data/<mode>/trainset)")

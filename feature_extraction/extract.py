@@ -123,7 +123,11 @@ def dry_run(config: ExtractConfig) -> None:
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m feature_extraction.extract", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m feature_extraction.extract",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add_flags(parser, ExtractConfig)
     config = from_flags(ExtractConfig, parser.parse_args(argv))
     if config.dry_run:

@@ -199,7 +199,9 @@ def _write(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m serving.batch", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m serving.batch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("bundle", type=Path, help="folder that python -m serving.bundle made")
     parser.add_argument("source", type=Path, help="pictures with prompts: see feature_extraction/sources.py")
     parser.add_argument("--out", type=Path, required=True, help="folder to write into")

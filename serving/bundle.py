@@ -240,7 +240,9 @@ def _difference(wanted: dict[str, Any], found: dict[str, Any], name: str = "enco
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m serving.bundle", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m serving.bundle", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="what", required=True, metavar="COMMAND")
     build = commands.add_parser("build", help="make a bundle from extracted features and a ranker")
     info = commands.add_parser("info", help="what a bundle holds, after checking all of it")

@@ -84,7 +84,9 @@ def page(found: dict[str, Any], answer: Answer, depth: int, training: Pictures |
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m serving.report", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m serving.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("bundle", type=Path, help="folder that python -m serving.bundle made")
     parser.add_argument("image", type=Path, help="generated picture")
     parser.add_argument("--prompt", required=True, help="what it was generated from")

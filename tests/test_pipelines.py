@@ -60,6 +60,16 @@ def test_text_layers_are_found_whatever_they_are_called(tiny):
     assert list(select_layers(copy.deepcopy(tiny.source.denoiser))) == found
 
 
+def test_cross_attention_is_that_which_reads_the_text(tiny):
+    found = select_layers(tiny.source.denoiser, "cross-attn")
+    text = select_layers(tiny.source.denoiser)
+    assert text.keys() < found.keys() < select_layers(tiny.source.denoiser, "attn").keys()
+    owners = {name.rpartition(".")[0] for name in text}
+    assert all(any(name.startswith(f"{owner}.") for owner in owners) for name in found)
+    # queries of the latents and the output of the attention belong to it
+    assert all({f"{owner}.to_q", f"{owner}.to_out.0"} <= found.keys() for owner in owners)
+
+
 def test_losses_are_those_of_diffusers_called_directly(tiny):
     timesteps, noise = a_draw(tiny)
     noisy, target = tiny.source.schedule.noised(tiny.training.latents, noise, timesteps)
