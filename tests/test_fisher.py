@@ -58,6 +58,25 @@ def test_natural_gradients_solve_the_damped_system(kind):
         torch.testing.assert_close(dense @ natural[name].flatten(), gradients[name].flatten(), msg=name)
 
 
+def test_ekfac_is_the_exact_fisher_but_for_what_couples_its_eigenvectors():
+    """The model's exact Fisher, a dense matrix for each layer: in the eigenbasis its diagonal is S and nothing is lost
+    but the rest, so that no other eigenvalues on these vectors are closer (George et al. 2018, theorem 2)."""
+    tiny = tiny_layers()
+    gradients = tiny.weight_gradients()
+    for name, (basis_in, basis_out, values) in by_layer(fit(tiny, "ekfac")).items():
+        flat = gradients[name].flatten(1)
+        exact = flat.mT @ flat / len(flat)
+        vectors = torch.kron(basis_out.contiguous(), basis_in.contiguous())
+        approximation = vectors @ torch.diag(values.flatten()) @ vectors.mT
+        lost = vectors.mT @ (exact - approximation) @ vectors
+        scale = exact.norm()
+        assert lost.diagonal().abs().max() < 1e-10 * scale, name
+        generator = torch.Generator().manual_seed(0)
+        other = values.flatten() * (1 + 0.1 * torch.randn(values.numel(), dtype=torch.float64, generator=generator))
+        assert (exact - approximation).norm() < (exact - vectors @ torch.diag(other) @ vectors.mT).norm(), name
+        assert approximation.trace() == pytest.approx(exact.trace().item()), name
+
+
 def factorial_gradients():
     """(g [20, 1, 3], a [20, 1, 4]): every pair of four output gradients and five inputs, so that they are independent.
 

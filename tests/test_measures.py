@@ -8,7 +8,7 @@ from tiny_teacher import tiny_teacher
 
 from abu.amortised import MeanGradients, QueryMatrix, Sketch, score_block, sketched
 from abu.curvature import EKFAC
-from abu.diffusion_loss import example_losses
+from abu.diffusion_loss import PREDICTIONS, example_losses
 from abu.draws import DrawConfig, draw
 from abu.keyvalue import key_value_layers
 from abu.measures import MEASURES, MeasuredGradients, measured
@@ -51,7 +51,7 @@ def dense_inverse(curvature: EKFAC, gradient):
     return torch.cat(parts)
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_amortised_scores_are_products_of_the_step_with_the_gradients_of_the_loss(prediction):
     tiny = tiny_teacher(images=6, prediction=prediction)
     curvature = tiny.curvature()

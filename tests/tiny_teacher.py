@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -39,9 +39,7 @@ class TinyTeacher:
 
 def tiny_teacher(images: int = 24, seed: int = 0, prediction: str = "v_prediction") -> TinyTeacher:
     """16-channel layers on 4×4 latents, 3 tokens of 6 numbers, the last of every second caption padding."""
-    config = DiffusionConfig(
-        sample_size=4, latent_channels=2, channels=(16, 16), heads=2, text_width=6, prediction=prediction
-    )
+    config = DiffusionConfig(sample_size=4, latent_channels=2, channels=(16, 16), heads=2, text_width=6)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         denoiser = build_denoiser(config).double().eval().requires_grad_(False)
@@ -50,4 +48,8 @@ def tiny_teacher(images: int = 24, seed: int = 0, prediction: str = "v_predictio
     text[::2, -1] = 0
     training = Examples("train", list(range(images)), latents[:images], text[:images])
     query = Examples("test", [0], latents[images:], text[images:])
-    return TinyTeacher(denoiser, noise_schedule(config), training, query)
+    if prediction == "flow":
+        schedule = NoiseSchedule(torch.linspace(0.001, 1, 1000), "flow")
+    else:
+        schedule = noise_schedule(replace(config, prediction=prediction))
+    return TinyTeacher(denoiser, schedule, training, query)
