@@ -11,7 +11,8 @@ of k unlearned models on the same draws; it is timed for several k (--exact_quer
 extrapolated to Q. Amortised: one sweep of gradients, rotated, sketched and multiplied with Q queries, to second order
 those of the squares too; timed for every Q of --queries. Queries beyond the testbed's own are random rows in the
 product, and cost a gradient like the others. Shards of images are timed one after the other, both forms in turn;
-medians over shards count. What is measured is kept under runs/speed: after Ctrl-C the same command goes on.
+medians over shards count. What the exact form could share besides the losses of the source model saves it a twentieth
+(`benchmark.exact_sweep`). What is measured is kept under runs/speed: after Ctrl-C the same command goes on.
 """
 
 from __future__ import annotations
@@ -36,7 +37,16 @@ from benchmark.figures import plt, save_figure
 from benchmark.growth import growth
 from benchmark.stopwatch import SpeedConfig, Stopwatch, collect
 from benchmark.worlds import COCO_IMAGES, COCO_QUERIES
-from fastgda.core import ROOT, best_device, command_line, environment, load_npz, save_json
+from fastgda.core import (
+    ROOT,
+    best_device,
+    command_line,
+    environment,
+    load_npz,
+    require_file,
+    save_json,
+    sha256_file,
+)
 from fastgda.flags import add_flags, from_flags
 from fastgda.metrics import spearman
 from fastgda.rankings import from_scores
@@ -173,12 +183,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     config, device = from_flags(SpeedConfig, args), best_device()
     output = args.output or ROOT / "results/speed"
+    model = model_hashes(config, args)
     if args.memory:
-        found = growth(config.architecture, args, args.work)
+        found = growth(config.architecture, args, args.work / folder_name(model))
         save_json(output / f"memory_{config.architecture}.json", found | {"environment": environment()})
         return
-    settings = asdict(config) | {"mode": args.mode, "threads": torch.get_num_threads(), "root": str(args.root or "")}
-    folder = args.work / folder_name(settings)
+    folder = args.work / folder_name(asdict(config) | model | {"threads": torch.get_num_threads()})
     world = config.world(args, device)
     collect(Stopwatch(world, config), folder)
     report = summary(folder, config, len(world.training.ids))
@@ -192,6 +202,15 @@ def main(argv: list[str] | None = None) -> None:
     name = f"{'amortised' if config.order == 1 else 'second_order'}_{config.architecture}"
     save_json(output / f"{name}.json", report)
     save_figure(figure(report), output / f"{name}.png")
+
+
+def model_hashes(config: SpeedConfig, args: argparse.Namespace) -> dict[str, str]:
+    """What is timed: the testbed's weights and factors; COCO's are random."""
+    if config.architecture == "coco":
+        return {}
+    testbed = testbed_from(args)
+    files = (testbed.source / "denoiser.safetensors", testbed.curvature)
+    return {path.name: sha256_file(require_file(path)) for path in files}
 
 
 def folder_name(settings: dict[str, Any]) -> str:
