@@ -9,9 +9,9 @@ A Kronfluence folder holds one safetensors file for each kind of factor, with on
 
 with weights as matrices [out, in] whose last column is the bias (`abu.layers`). The diagonal Fisher has the last two
 only; which of the two a folder holds is said by the strategy in factor_arguments.json. Kronfluence itself also asks for
-activation_eigenvalues and gradient_eigenvalues, which its EK-FAC does not use: written, and ignored when read. What Kronfluence has no place for (which layers read the
-same input, the damping) goes into the metadata of lambda_matrix; in a folder without it, layers whose U_A are equal
-form a group.
+activation_eigenvalues and gradient_eigenvalues, which its EK-FAC does not use: written, and ignored when read. What
+Kronfluence has no place for (which layers read the same input, the damping) goes into the metadata of lambda_matrix; in
+a folder without it, layers whose U_A are equal form a group.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def _load_folder(folder: Path) -> Curvature:
 
 
 def _kind(folder: Path) -> str:
-    """"ekfac" or "diagonal": as the folder says, else by its eigenvectors; their absence alone proves no diagonal.
+    """ "ekfac" or "diagonal": as the folder says, else by its eigenvectors; their absence alone proves no diagonal.
 
     An unfinished copy of EK-FAC factors lacks them too, and its sums are in the eigenbasis, not of ∇W².
     """
