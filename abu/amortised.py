@@ -112,6 +112,17 @@ class Examples:
             yield timesteps.to(self.latents.device), noise.to(self.latents)
 
 
+def require_finite(values: Tensor, name: str, examples: Examples, bin_index: int) -> None:
+    """`ValueError` naming the first example whose `values` [B, ...] are not all finite: NaN would be stored unseen."""
+    good = torch.isfinite(values).view(len(values), -1).all(1)
+    if not good.all():
+        example = examples.ids[int((~good).nonzero()[0])]
+        raise ValueError(
+            f"{examples.role} example {example}, timestep bin {bin_index}: expected a finite {name}, "
+            "found NaN or infinity"
+        )
+
+
 class MeanGradients:
     """Gradients at the outputs of the key/value layers, averaged over draws within each timestep bin."""
 
@@ -130,7 +141,7 @@ class MeanGradients:
         return self.with_losses(examples, config, run, bin_index)[0]
 
     def with_losses(self, examples: Examples, config: DrawConfig, run: int, bin_index: int) -> tuple[Tensor, Tensor]:
-        """(g [B, T, out], mean losses [B]) of one timestep bin."""
+        """(g [B, T, out], mean losses [B]) of one timestep bin; `ValueError` if an example's are not finite."""
         device = examples.latents.device
         total: Tensor | None = None
         loss_sum = torch.zeros(len(examples.ids), device=device)
@@ -141,6 +152,8 @@ class MeanGradients:
             total = gradients if total is None else total + gradients
             loss_sum += losses.float()
         assert total is not None
+        require_finite(loss_sum, "loss", examples, bin_index)
+        require_finite(total, "gradient", examples, bin_index)
         return total / config.draws, loss_sum / config.draws
 
 

@@ -2,7 +2,7 @@
 
 python -m abu.attribute --query 7                      # test query 7, every training image; about 20 minutes
 python -m abu.attribute --query 7 --candidates 500     # only the first 500 of the stored ranking; half a minute
-python -m abu.attribute --query 7 --dry_run            # time, memory and disk that it will need
+python -m abu.attribute --query 7 --dry_run            # time and memory that it will need
 """
 
 from __future__ import annotations
@@ -36,13 +36,22 @@ def picture(images: list[Image.Image], query: Image.Image) -> Image.Image:
 
 
 def candidate_ids(testbed: Testbed, split: str, query: int, count: int | None, images: int) -> list[int]:
-    """The first `count` of the stored ranking, or all training images."""
+    """The first `count` of the stored ranking, or all training images.
+
+    `ValueError` naming the ranking if it has other queries or ids that are no training image's.
+    """
     if count is None:
         return list(range(images))
-    rank = load_npz(testbed.data / f"influence_{split}.npz", ("rank",))["rank"]
+    path, queries = testbed.data / f"influence_{split}.npz", len(testbed.query_captions(split))
+    rank = load_npz(path, ("rank",))["rank"]
+    if rank.ndim != 2 or len(rank) != queries:
+        raise ValueError(f"{path}: expected rank [{queries}, K], a row for each query, found {list(rank.shape)}")
     if not 1 <= count <= rank.shape[1]:
         raise ValueError(f"--candidates: expected 1..{rank.shape[1]}, as many as are ranked, found {count}")
-    return [int(image) for image in rank[query, :count]]
+    found = rank[query, :count]
+    if found.min() < 0 or found.max() >= images:
+        raise ValueError(f"{path}: expected training ids 0..{images - 1}, found {found.min()} to {found.max()}")
+    return found.tolist()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -74,7 +83,6 @@ def main(argv: list[str] | None = None) -> None:
     unlearning, draws = from_flags(UnlearnConfig, args), from_flags(LossDraws, args)
     exact = ExactInfluence.of(testbed, unlearning, draws, from_flags(SweepConfig, args), device)
     ids = candidate_ids(testbed, args.split, args.query, args.candidates, len(exact.images))
-    exact.images.check_ids(ids, f"influence_{args.split}.npz")
     if args.dry_run:
         print(attribution_estimate(exact, query, np.array(ids)))
         return

@@ -68,6 +68,13 @@ def cluster_from(args: argparse.Namespace) -> ClusterConfig | None:
     return ClusterConfig(1 if args.workers is None else args.workers, args.address, args.threads)
 
 
+def workers_here(cluster: ClusterConfig | None) -> int:
+    """Workers whose memory is this machine's: none with an address, whose nodes may be larger or smaller."""
+    if cluster is None:
+        return 1
+    return cluster.workers if cluster.address is None else 0
+
+
 class _Actor:
     """A worker's process."""
 
@@ -187,11 +194,13 @@ def run_plan(
 ) -> None:
     """Computes and stores the missing pieces, in this process or on Ray workers.
 
-    `ValueError` at the end if some were given up; they are listed in failed.jsonl, and tried again by the next call.
+    On workers, `ValueError` at the end if some were given up; in this process the first error is raised as it is.
+    Either way failed.jsonl lists them, and the next call tries them again.
     """
     missing = collection.missing(pieces)
     if not missing:
         return
+    collection.started()
     with tqdm(total=len(pieces), initial=len(pieces) - len(missing), unit=unit) as bar:
 
         def done(piece: Task, arrays: dict[str, np.ndarray]) -> None:
@@ -201,7 +210,12 @@ def run_plan(
         if cluster is None:
             worker = build()
             for piece in missing:
-                done(piece, worker.compute(piece))
+                try:
+                    arrays = worker.compute(piece)
+                except Exception as error:
+                    collection.failed(piece, 1, _cause(error))
+                    raise
+                done(piece, arrays)
             return
         with Pool(build, cluster) as pool:
             given_up = pool.run(missing, done, collection.failed)
@@ -213,7 +227,7 @@ def run_plan(
 
 
 def _cause(error: Exception) -> str:
-    """The last line of a remote error, shortened: what was raised, without the remote traceback."""
+    """The last line of an error, shortened: what was raised, without the remote traceback."""
     cause = getattr(error, "cause", None) or error
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     message = lines[-1] if lines else "no message"

@@ -28,16 +28,16 @@ import sys
 from collections.abc import Callable
 from functools import partial
 
-from abu.cluster import Worker, add_cluster_flags, cluster_from, run_plan
+from abu.cluster import Worker, add_cluster_flags, cluster_from, run_plan, workers_here
 from abu.collect_config import CollectConfig, MeasuredConfig, ScoreConfig, Settings, StepConfig
 from abu.collectors import GradientCollector, ScoreCollector, StepCollector
 from abu.estimate import estimate
 from abu.fisher import CurvatureConfig, fit_testbed
 from abu.measures import MEASURES
 from abu.plan import Collection, Piece
-from abu.room import piece_bytes, require_disk
+from abu.room import piece_bytes, require_disk, require_step_memory
 from abu.stages import (
-    claimed,
+    claim_of,
     folder_of,
     query_plan,
     score_plan,
@@ -111,10 +111,14 @@ def parser() -> argparse.ArgumentParser:
 
 def planned(args: argparse.Namespace, testbed: Testbed) -> tuple[Settings, list[Piece], Callable[[], Worker]]:
     """(settings, pieces, what builds a worker for them) of the stage that the flags ask for."""
+    for name, least in (("passes", 1), ("first_pass", 0)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name}: expected at least {least}, found {value}")
     passes = range(args.first_pass, args.first_pass + (args.passes or 1))
     if args.stage == "scores":
         scoring = ScoreConfig(args.sketch, growth=not args.no_growth, query_bits=args.query_bits)
-        pieces = score_plan(testbed, args.passes or whole_passes(testbed, args.measure))
+        pieces = score_plan(testbed, whole_passes(testbed, args.measure, args.passes))
         return scoring, pieces, partial(ScoreCollector, testbed, scoring, args.measure, args.memory_gb)
     if args.stage == "steps":
         step = StepConfig(fold=args.fold, query_bits=args.query_bits)
@@ -139,13 +143,19 @@ def main(argv: list[str] | None = None) -> None:
     if args.stage == "status":
         print_status(testbed, args.measure)
         return
+    cluster = cluster_from(args)
     config, pieces, build = planned(args, testbed)
-    collection = claimed(testbed, config, args.measure)
+    claim = claim_of(testbed, config, args.measure)
+    claim.check()
+    if isinstance(config, StepConfig):
+        require_step_memory(testbed, config, workers_here(cluster))
+    collection = claim.collection
     if args.dry_run:
-        print(estimate(build(), collection, pieces, args.workers or 1))
+        print(estimate(build(), collection, pieces, args.workers or 1, here=workers_here(cluster)))
         return
     require_disk(collection.folder, piece_bytes(testbed, config, collection.missing(pieces)))
-    run_plan(build, collection, pieces, cluster_from(args))
+    claim.write()
+    run_plan(build, collection, pieces, cluster)
 
 
 if __name__ == "__main__":

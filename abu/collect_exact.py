@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from abu.candidates import CandidateConfig
-from abu.cluster import add_cluster_flags, cluster_from, run_plan
+from abu.cluster import add_cluster_flags, cluster_from, run_plan, workers_here
 from abu.exact_collection import (
     COMMAND,
     ExactCollector,
@@ -37,7 +38,7 @@ from abu.plan import Collection
 from abu.sweep import SweepConfig
 from abu.testbed import SPLITS, Testbed, add_testbed_flags, testbed_from
 from abu.unlearn import UnlearnConfig
-from fastgda.core import command_line, load_npz
+from fastgda.core import ROOT, command_line, load_npz, manifest_path, read_manifest, sha256_file
 from fastgda.flags import add_flags, from_flags
 
 PARTS = {
@@ -75,6 +76,28 @@ def config_from(args: argparse.Namespace) -> ExactConfig:
 def folder_of(testbed: Testbed, split: str, folder: Path | None = None) -> Path:
     """Where the pieces of a split's queries are kept."""
     return folder or testbed.data / f"cache/exact_{split}"
+
+
+def recorded_config(testbed: Testbed, collection: Collection, candidates: Path | None = None) -> ExactConfig:
+    """The settings that the folder's pieces are made with; `candidates` says where that file is if it has been moved.
+
+    `ValueError` naming the file of the candidates if it is missing or not the one that the pieces were made for.
+    """
+    manifest = read_manifest(collection.folder)
+    config = ExactConfig.of(manifest["config"])
+    named = config.candidates.candidates
+    if named is None:
+        return config
+    # outside the repository a manifest keeps no more than the name
+    places = [candidates] if candidates else [ROOT / named, testbed.data / named.name]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        raise ValueError(
+            f"{places[0]}: expected the candidates of {collection.folder}, found nothing; say where with --candidates"
+        )
+    if sha256_file(path) not in manifest["inputs"].values():
+        raise ValueError(f"{path}: expected the candidates that {collection.folder} was made for, found others")
+    return replace(config, candidates=replace(config.candidates, candidates=path))
 
 
 def print_status(collection: Collection, plan: ExactPlan) -> None:
@@ -116,20 +139,23 @@ def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
     args = parser().parse_args(argv)
     testbed, config = testbed_from(args), config_from(args)
-    plan = exact_plan(testbed, config)
     collection = Collection(folder_of(testbed, args.split, args.folder))
+    if args.stage == "status" and manifest_path(collection.folder).is_file():
+        config = recorded_config(testbed, collection, args.candidates)
+    plan = exact_plan(testbed, config)
     if args.stage == "status":
         print_status(collection, plan)
         return
     build = partial(ExactCollector, testbed, config, collection.folder)
     cluster = cluster_from(args)
     workers = cluster.workers if cluster else 1
-    collector = build()
+    collector, inputs = build(), input_hashes(testbed, config)
+    collection.check(config.flat(), inputs)
     if args.dry_run:
-        print(dry_run(collector, workers))
+        print(dry_run(collector, workers, here=workers_here(cluster)))
         return
-    require_room(collector, workers)
-    collection.claim(config.flat(), input_hashes(testbed, config), COMMAND)
+    require_room(collector, workers, here=workers_here(cluster))
+    collection.claim(config.flat(), inputs, COMMAND)
     for stage, pieces in plan.stages().items():
         if args.stage not in ("all", stage):
             continue

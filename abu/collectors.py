@@ -10,7 +10,6 @@ import torch
 
 from abu.amortised import (
     RUNS,
-    Compression,
     Examples,
     MeanGradients,
     QueryMatrix,
@@ -19,12 +18,11 @@ from abu.amortised import (
     sketched,
 )
 from abu.collect_config import CollectConfig, MeasuredConfig, ScoreConfig, StepConfig
-from abu.curvature import EKFAC
+from abu.curvature import CHUNK
 from abu.gradients import MADE_BY, compressed, load_gradients, pack, stored_vectors
 from abu.plan import Collection, Piece
-from abu.room import require_memory, step_memory
 from abu.second_order import StepVectors, TrainingTerms, TwoFolds, loss_terms
-from abu.stages import examples_of, folder_of, pass_counts, query_plan
+from abu.stages import examples_of, folder_of, pass_counts, query_counts, query_plan
 from abu.testbed import SPLITS, Testbed
 from abu.tiles import MEMORY_GB, TYPES, QueryTiles
 from fastgda.core import best_device, load_npz
@@ -76,12 +74,8 @@ class StepCollector:
 
     def __init__(self, testbed: Testbed, config: StepConfig) -> None:
         self.testbed, self.config, self.device = testbed, config, best_device()
-        self.curvature = EKFAC.load(testbed.curvature).to(self.device)
+        self.curvature = testbed.load_curvature(self.device)
         self.whole, self.folded = Sketch.of(self.curvature), TwoFolds.of(self.curvature, config.fold, config.seed)
-        counts = {split: len(testbed.query_captions(split)) for split in SPLITS}
-        every = sum(counts.values())
-        needed = step_memory(every, every - counts["train"], self.curvature.eigenvalues.numel(), config)
-        require_memory(needed, f"--query_bits {config.query_bits} --fold {config.fold}, gradients of {every} queries")
         source = testbed.load_source(self.device)
         source.denoiser.to(memory_format=torch.channels_last)
         self.terms = TrainingTerms(source.denoiser, source.schedule)
@@ -109,24 +103,37 @@ class StepCollector:
         return {"first": first, "second": second, "first_runs": first_runs, "second_runs": second_runs}
 
     def _queries(self) -> tuple[StepVectors, list[StepVectors]]:
-        """(all queries, those of validation and test by run), in the order of the splits."""
-        dtype = TYPES[self.config.query_bits]
-        pooled, halves = [], []
-        for compression in (self.whole, self.folded):
-            runs = {split: torch.cat(list(self._vectors(split, compression)), 1) for split in SPLITS}
-            pooled.append(torch.cat([run.mean(0) for run in runs.values()]).to(dtype))
-            halves.append(torch.cat([run for split, run in runs.items() if split != "train"], 1).to(dtype))
-        return StepVectors(pooled[0], [pooled[1]]), [
-            StepVectors(whole, [folded]) for whole, folded in zip(*halves, strict=True)
-        ]
+        """(all queries, those of validation and test by run), in the order of the splits.
 
-    def _vectors(self, split: str, compression: Compression) -> Iterator[torch.Tensor]:
-        """Whitened gradients [runs, q, size] of a split, the mean over bins, piece by piece."""
-        examples = examples_of(self.testbed, split, self.device)
-        for piece in query_plan(self.testbed, (split,)):
-            path, rows = Collection(folder_of(self.testbed)).path(piece), examples.rows(piece.start, piece.stop)
-            gradients = load_gradients(path, rows.text, MADE_BY["query"]).mean(1)
-            yield torch.stack([sketched(run, rows.text, self.curvature, compression) for run in gradients])
+        They are filled in a few rows at a time: beside what `abu.room.step_memory` counts, no more is held than the
+        output gradients of one piece.
+        """
+        every, judged = query_counts(self.testbed)
+        kinds, dtype, device = (self.whole, self.folded), TYPES[self.config.query_bits], self.device
+        pooled = [torch.empty(every, kind.size, dtype=dtype, device=device) for kind in kinds]
+        halves = [torch.empty(RUNS, judged, kind.size, dtype=dtype, device=device) for kind in kinds]
+        start = 0
+        for split, gradients, text in self._gradients():
+            rows = slice(start, start + len(text))
+            for kind, means, runs in zip(kinds, pooled, halves, strict=True):
+                found = torch.stack([sketched(run, text, self.curvature, kind) for run in gradients])
+                means[rows] = found.mean(0).to(dtype)
+                if split != "train":  # the first of the splits
+                    runs[:, rows.start - every + judged : rows.stop - every + judged] = found.to(dtype)
+            start = rows.stop
+        (whole, folded), (whole_runs, folded_runs) = pooled, halves
+        by_run = [StepVectors(w, [f]) for w, f in zip(whole_runs, folded_runs, strict=True)]
+        return StepVectors(whole, [folded]), by_run
+
+    def _gradients(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+        """(split, g [runs, b, T, out], the mean over bins, tokens [b, T, in]) of a few queries after the others."""
+        for split in SPLITS:
+            examples = examples_of(self.testbed, split, self.device)
+            for piece in query_plan(self.testbed, (split,)):
+                path, text = Collection(folder_of(self.testbed)).path(piece), examples.text[piece.start : piece.stop]
+                gradients = load_gradients(path, text, MADE_BY["query"]).mean(1)
+                for some, tokens in zip(gradients.split(CHUNK, 1), text.split(CHUNK), strict=True):
+                    yield split, some, tokens
 
 
 class ScoreCollector:
@@ -136,7 +143,7 @@ class ScoreCollector:
         self, testbed: Testbed, config: ScoreConfig, measure: str = "loss", memory_gb: float = MEMORY_GB
     ) -> None:
         self.testbed, self.config, self.device, self.measure = testbed, config, best_device(), measure
-        self.curvature = EKFAC.load(testbed.curvature).to(self.device)
+        self.curvature = testbed.load_curvature(self.device)
         self.sketch = Sketch.of(self.curvature, config.sketch, config.seed)
         self.training = testbed.training_examples(self.device)
         dtype = torch.bfloat16 if config.query_bits == 16 else None

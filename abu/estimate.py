@@ -44,11 +44,14 @@ class Estimate:
         return ", ".join(parts)
 
 
-def estimate(worker: Worker, collection: Collection, pieces: list[Piece], workers: int) -> Estimate:
+def estimate(
+    worker: Worker, collection: Collection, pieces: list[Piece], workers: int, *, here: int | None = None
+) -> Estimate:
     """Computes a few examples of each part of the plan, with the threads that one of `workers` gets.
 
-    Raises `ValueError` if the folder's disk or this machine's memory will not hold what is needed. Workers on other
-    machines are assumed to be as fast as this one.
+    Raises `ValueError` if the folder's disk will not hold what is needed, or this machine's memory what the workers
+    need that run `here` (default: all). Workers on other machines are assumed to be as fast as this one; whether their
+    memory suffices is not known.
     """
     missing, threads = collection.missing(pieces), torch.get_num_threads()
     torch.set_num_threads(max(1, threads // workers))
@@ -62,11 +65,12 @@ def estimate(worker: Worker, collection: Collection, pieces: list[Piece], worker
         per_second, per_byte = costs[piece.examples]
         seconds += per_second * (piece.stop - piece.start) / workers
         disk += per_byte * (piece.stop - piece.start)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 * workers
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     require_disk(collection.folder, int(disk))
-    require_memory(memory, f"--workers {workers}")
-    return Estimate(len(missing), seconds, memory, gpu, int(disk))
+    here = workers if here is None else here
+    require_memory(here * memory, f"--workers {here}")
+    return Estimate(len(missing), seconds, workers * memory, gpu, int(disk))
 
 
 def _measure(worker: Worker, piece: Piece) -> tuple[float, float]:

@@ -26,10 +26,11 @@ from abu.influence import ExactInfluence, training_images
 from abu.layers import matrix_shape, select_layers
 from abu.loss_draws import LossDraws
 from abu.plan import Collection
+from abu.stages import input_name
 from abu.sweep import SweepConfig
 from abu.testbed import Testbed
 from abu.unlearn import Change, UnlearnConfig, still_weights
-from fastgda.core import best_device, load_npz, manifest_path, read_manifest, relative, require_file, sha256_file
+from fastgda.core import best_device, load_npz, manifest_path, read_manifest, require_file, sha256_file
 
 COMMAND = "python -m abu.collect_exact"
 Part = TypeVar("Part")
@@ -233,7 +234,7 @@ def input_hashes(testbed: Testbed, config: ExactConfig) -> dict[str, str]:
     flipped = trainset / "latents_flipped.npy"
     files += [flipped] if config.draws.flips and flipped.is_file() else []
     files += [config.candidates.candidates] if config.candidates.candidates else []
-    return {relative(path): _hash(require_file(path)) for path in files}
+    return {input_name(testbed, path): _hash(require_file(path)) for path in files}
 
 
 def _hash(path: Path) -> str:

@@ -23,28 +23,33 @@ TRIAL_QUERIES = 4
 """Models that share the sweep that is timed."""
 
 
-def require_room(collector: ExactCollector, workers: int) -> tuple[int, int]:
-    """(bytes of memory, bytes on disk) that the plan will need; `ValueError` if this machine has less."""
+def require_room(collector: ExactCollector, workers: int, *, here: int | None = None) -> tuple[int, int]:
+    """(bytes of memory of all workers, bytes on disk) that the plan will need.
+
+    `ValueError` if this machine has less disk, or less memory than the workers need that run `here` (default: all); on
+    other machines the memory is not known.
+    """
     plan, config, folder = collector.plan, collector.config, collector.collection.folder
     inputs = 2 * config.draws.per_image * config.plan.shard * int(np.prod(collector.exact.images.shape)) * 4
     tile = 2 * min(config.plan.tile, plan.queries) * change_bytes(collector.exact.model)
-    memory = workers * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + inputs + tile)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + inputs + tile
     stored = sum(path.stat().st_size for path in folder.glob("*.npz"))
     disk = max(0, disk_bytes(plan, config, collector.exact.model) - stored)
     require_disk(folder, disk)
-    require_memory(memory, f"--tile {config.plan.tile} --shard {config.plan.shard}, {workers} workers")
-    return memory, disk
+    here = workers if here is None else here
+    require_memory(here * memory, f"--tile {config.plan.tile} --shard {config.plan.shard}, {here} workers")
+    return workers * memory, disk
 
 
-def dry_run(collector: ExactCollector, workers: int) -> Estimate:
-    """From one batch of each kind of work, with the threads that one of `workers` gets."""
+def dry_run(collector: ExactCollector, workers: int, *, here: int | None = None) -> Estimate:
+    """From one batch of each kind of work, with the threads that one of `workers` gets; raises as `require_room`."""
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // workers))
     try:
         seconds = sum(stage_seconds(collector).values()) / workers
     finally:
         torch.set_num_threads(threads)
-    memory, disk = require_room(collector, workers)
+    memory, disk = require_room(collector, workers, here=here)
     pieces = sum(len(collector.collection.missing(stage)) for stage in collector.plan.stages().values())
     gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     return Estimate(pieces, seconds, memory, gpu, disk)

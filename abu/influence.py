@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from abu.amortised import Examples
+from abu.amortised import Examples, require_finite
 from abu.curvature import Curvature
 from abu.diffusion_loss import NoiseSchedule, example_losses
 from abu.draws import DrawConfig
@@ -27,7 +27,6 @@ from abu.loss_draws import LossDraws, TrainingImages, open_images
 from abu.sweep import Sweep, SweepConfig
 from abu.testbed import Testbed
 from abu.unlearn import Change, UnlearnConfig, unlearn
-from fastgda.core import manifest_path, read_manifest, require_file, sha256_file
 
 SHARD = 256
 """Images whose noised inputs are in memory at once."""
@@ -72,14 +71,7 @@ def model_curvature(testbed: Testbed, model: nn.Module) -> Curvature:
     """The testbed's factors for `model`; `ValueError` if they are those of other layers, shapes or weights."""
     layers = select_layers(model)
     curvature = load_curvature(testbed.curvature).for_layers(layers)
-    if manifest_path(testbed.curvature).is_file():
-        fitted = read_manifest(testbed.curvature)["inputs"].get("denoiser")
-        weights = sha256_file(require_file(testbed.source / "denoiser.safetensors"))
-        if fitted not in (None, weights):
-            raise ValueError(
-                f"{testbed.curvature}: expected factors of the model {weights[:12]}…, found those of {fitted[:12]}…; "
-                "fit them with: python -m abu.fisher fit"
-            )
+    testbed.check_curvature()
     weight = next(iter(layers.values())).weight
     groups = tuple(group.to(weight.dtype).to(weight.device) for group in curvature.groups)
     return Curvature(groups, curvature.examples)
@@ -119,7 +111,10 @@ def mean_losses(
     batch_size: int = 128,
     progress: bool = True,
 ) -> Tensor:
-    """𝓛(z, θ) [models, B] for each model, averaged over the same draws; models share the noise."""
+    """𝓛(z, θ) [models, B] for each model, averaged over the same draws; models share the noise.
+
+    `ValueError` naming the example if a loss is not finite.
+    """
     results = torch.zeros(len(models), len(examples.ids), dtype=torch.float64)
     count = len(runs) * draws.bins * draws.draws
     total = len(models) * len(examples.ids) * count
@@ -131,6 +126,7 @@ def mean_losses(
                 noisy, target = schedule.noised(batch.latents, noise, timesteps)
                 for index, model in enumerate(models):
                     losses = example_losses(model, noisy, target, timesteps, batch.text)
+                    require_finite(losses, "loss", batch, int(timesteps[0]) * draws.bins // draws.timesteps)
                     results[index, start : start + batch_size] += losses.double().cpu()
                     bar.update(len(batch.ids))
     bar.close()

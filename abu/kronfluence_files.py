@@ -8,10 +8,10 @@ A Kronfluence folder holds one safetensors file for each kind of factor, with on
     num_lambda_processed       the number of examples [1], int64
 
 with weights as matrices [out, in] whose last column is the bias (`abu.layers`). The diagonal Fisher has the last two
-only. Kronfluence itself also asks for activation_eigenvalues, gradient_eigenvalues (which its EK-FAC does not use) and
-factor_arguments.json: they are written, and ignored when read. What Kronfluence has no place for (which layers read the
-same input, the damping) goes into the metadata of lambda_matrix; in a folder without it, layers whose U_A are equal
-form a group.
+only; which of the two a folder holds is said by the strategy in factor_arguments.json. Kronfluence itself also asks for
+activation_eigenvalues and gradient_eigenvalues, which its EK-FAC does not use: written, and ignored when read. What
+Kronfluence has no place for (which layers read the same input, the damping) goes into the metadata of lambda_matrix; in
+a folder without it, layers whose U_A are equal form a group.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from abu.curvature import DAMPING, EKFAC, Curvature, DiagonalFisher
 from abu.diffusion_loss import at_least_float32
-from fastgda.core import atomic_path, require_file, save_json
+from fastgda.core import atomic_path, manifest_path, read_manifest, require_file, save_json
 
 INPUT_VECTORS, OUTPUT_VECTORS = "activation_eigenvectors", "gradient_eigenvectors"
 INPUT_VALUES, OUTPUT_VALUES = "activation_eigenvalues", "gradient_eigenvalues"
@@ -94,7 +94,7 @@ def _load_folder(folder: Path) -> Curvature:
     if len(counts) != 1 or min(counts) < 1:
         raise ValueError(f"{folder / COUNT}.safetensors: expected one positive count, found {sorted(counts)}")
     (examples,) = counts
-    diagonal = not any((folder / f"{factor}.safetensors").is_file() for factor in (INPUT_VECTORS, OUTPUT_VECTORS))
+    diagonal = _kind(folder) == "diagonal"
     bases_in = {} if diagonal else _read(folder, INPUT_VECTORS, {n: (s[1], s[1]) for n, s in shapes.items()})[0]
     bases_out = {} if diagonal else _read(folder, OUTPUT_VECTORS, {n: (s[0], s[0]) for n, s in shapes.items()})[0]
     groups: list[DiagonalFisher] = []
@@ -110,6 +110,30 @@ def _load_folder(folder: Path) -> Curvature:
             group = EKFAC(**vars(group), basis_in=bases_in[names[0]], basis_out=basis_out)
         groups.append(group)
     return Curvature(tuple(groups), examples)
+
+
+def _kind(folder: Path) -> str:
+    """ "ekfac" or "diagonal": as the folder says, else by its eigenvectors; their absence alone proves no diagonal.
+
+    An unfinished copy of EK-FAC factors lacks them too, and its sums are in the eigenbasis, not of ∇W².
+    """
+    path = folder / ARGUMENTS
+    if path.is_file():
+        try:
+            found = json.loads(path.read_text())["strategy"]
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: expected JSON that names a strategy, found a damaged file ({error})") from error
+    elif manifest_path(folder).is_file():
+        path, found = manifest_path(folder), read_manifest(folder)["config"].get("kind")
+    elif any((folder / f"{factor}.safetensors").is_file() for factor in (INPUT_VECTORS, OUTPUT_VECTORS)):
+        return "ekfac"
+    else:
+        raise ValueError(
+            f"{folder}: expected eigenvectors, or {ARGUMENTS} that says the factors are diagonal, found neither"
+        )
+    if found not in ("ekfac", "diagonal"):
+        raise ValueError(f"{path}: expected factors of the strategy ekfac or diagonal, found {found!r}")
+    return found
 
 
 def _groups(folder: Path, names: list[str], bases_in: Tensors, metadata: Mapping[str, str]) -> list[tuple[str, ...]]:

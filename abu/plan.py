@@ -10,7 +10,9 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -18,10 +20,11 @@ import numpy as np
 
 from fastgda.core import manifest_difference, manifest_path, save_npz, write_manifest
 
-FAILED = "failed.jsonl"
+FAILED, STARTED = "failed.jsonl", "started.jsonl"
+"""Lines of the attempts that failed, and of the moments at which a run began or was resumed."""
 T = TypeVar("T", bound="Task")
 Stage = Literal["query", "pass", "scores", "step"]
-RECENT = 20
+RECENT = 100
 """Pieces that the rate is measured on."""
 
 
@@ -70,11 +73,17 @@ class Collection:
 
     def claim(self, config: Any, inputs: dict[str, str], command: str = "python -m abu.collect") -> None:
         """Marks the folder as holding pieces of these settings and inputs; `ValueError` if it holds others."""
+        self.check(config, inputs)
+        if not manifest_path(self.folder).is_file():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_manifest(self.folder, config, command=command, inputs=inputs)
+
+    def check(self, config: Any, inputs: dict[str, str]) -> None:
+        """`ValueError` if the folder holds pieces of other settings or inputs; writes nothing."""
         if not manifest_path(self.folder).is_file():
             if any(self.folder.glob("*.npz")):
                 raise ValueError(f"{self.folder}: expected a manifest beside the pieces, found none; delete the folder")
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_manifest(self.folder, config, command=command, inputs=inputs)
+            return
         difference = manifest_difference(self.folder, config, inputs)
         if difference is not None:
             raise ValueError(
@@ -96,26 +105,32 @@ class Collection:
 
     def failed(self, piece: Task, attempt: int, error: str) -> None:
         """Adds a line to failed.jsonl."""
-        line = {"piece": piece.name, "attempt": attempt, "error": error, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ")}
-        with open(self.folder / FAILED, "a") as handle:
-            handle.write(json.dumps(line) + "\n")
-            handle.flush()
-            os.fsync(handle.fileno())
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        self._append(FAILED, {"piece": piece.name, "attempt": attempt, "error": error, "time": now})
+
+    def started(self) -> None:
+        """Adds a line to started.jsonl: what lies between the last piece and now was a pause."""
+        self._append(STARTED, {"time": time.time()})
 
     def failures(self) -> dict[str, str]:
         """Piece -> its last error, for the pieces that failed and do not exist."""
-        path = self.folder / FAILED
-        if not path.is_file():
-            return {}
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lines = self._lines(FAILED)
         return {line["piece"]: line["error"] for line in lines if not (self.folder / line["piece"]).is_file()}
 
     def rate(self, pieces: Sequence[Task]) -> float | None:
-        """Pieces a second, over the last ones written; `None` before the second."""
-        written = sorted(self.path(piece).stat().st_mtime for piece in pieces if self.path(piece).is_file())[-RECENT:]
-        if len(written) < 2 or written[-1] == written[0]:
-            return None
-        return (len(written) - 1) / (written[-1] - written[0])
+        """Pieces a second, over the last ones written; `None` if there is none.
+
+        A piece counts from the one written before it, of whatever stage, or from the beginning of the run if that is
+        later. So pauses are left out, and workers that finish together count with the wait before them.
+        """
+        names = {piece.name for piece in pieces}
+        events = [(float(line["time"]), "") for line in self._lines(STARTED)]
+        # a name with a dot is a piece that is being written and may be gone in a moment
+        files = [path for path in self.folder.glob("*.npz") if not path.name.startswith(".")]
+        events += [(path.stat().st_mtime, path.name) for path in files]
+        events.sort()
+        taken = [time - before for (before, _), (time, name) in pairwise(events) if name in names][-RECENT:]
+        return len(taken) / sum(taken) if sum(taken) > 0 else None
 
     def status(self, title: str, pieces: Sequence[Task]) -> str:
         """One line: what is done, the rate and the time left."""
@@ -124,3 +139,21 @@ class Collection:
         if left and rate:
             line += f", {60 * rate:.2f} pieces/min, {left / rate / 60:.0f} min left at that rate"
         return line
+
+    def _append(self, name: str, line: dict[str, Any]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / name, "ab+") as handle:
+            # after a line that a kill cut short
+            if handle.tell() and os.pread(handle.fileno(), 1, handle.tell() - 1) != b"\n":
+                handle.write(b"\n")
+            handle.write(json.dumps(line).encode() + b"\n")
+            handle.flush()
+            os.fsync(handle.fileno())
+
+    def _lines(self, name: str) -> list[dict[str, Any]]:
+        """The lines of a file, but for those that a kill cut short; none if there is no file."""
+        path, found = self.folder / name, []
+        for line in path.read_text().splitlines() if path.is_file() else ():
+            with suppress(json.JSONDecodeError):
+                found.append(json.loads(line))
+        return found

@@ -98,7 +98,7 @@ def new_examples(latents: torch.Tensor, prompts: list[str], device: torch.device
 def run_build(args: argparse.Namespace) -> None:
     """Writes the store."""
     testbed = testbed_from(args)
-    store = GradientStore(testbed, from_flags(StoreConfig, args), args.passes or whole_passes(testbed))
+    store = GradientStore(testbed, from_flags(StoreConfig, args), whole_passes(testbed, wanted=args.passes))
     store.build(best_device())
     size = sum(path.stat().st_size for path in store.folder.glob("*.npy"))
     print(f"{store.folder}: {testbed.images} images, {store.passes} passes, {size / 2**20:.0f} MiB")

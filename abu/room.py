@@ -13,8 +13,8 @@ from abu.amortised import RUNS
 from abu.collect_config import CollectConfig, MeasuredConfig, Settings, StepConfig
 from abu.keyvalue import key_value_layers
 from abu.plan import Piece
-from abu.stages import examples_of, pass_counts
-from abu.testbed import SPLITS, Testbed
+from abu.stages import examples_of, pass_counts, query_counts
+from abu.testbed import Testbed
 
 GIB = 2**30
 
@@ -40,13 +40,21 @@ def step_memory(queries: int, judged: int, weights: int, config: StepConfig) -> 
     return (queries + RUNS * judged) * numbers * config.query_bits // 8
 
 
+def require_step_memory(testbed: Testbed, config: StepConfig, workers: int) -> None:
+    """Raises `ValueError` if this machine cannot hold the queries' gradients for `workers` workers of `steps`."""
+    every, judged = query_counts(testbed)
+    weights = testbed.load_curvature(torch.device("cpu")).eigenvalues.numel()
+    purpose = f"--query_bits {config.query_bits} --fold {config.fold}, gradients of {every} queries"
+    if workers > 1:
+        purpose += f" on {workers} workers"
+    require_memory(workers * step_memory(every, judged, weights, config), purpose)
+
+
 def piece_bytes(testbed: Testbed, config: Settings, pieces: list[Piece]) -> int:
     """Bytes of `pieces` on disk, but for the headers of their arrays and, of DAS, its own scores."""
     if isinstance(config, CollectConfig):
         return gradient_bytes(testbed, config, pieces)
-    counts = {split: len(testbed.query_captions(split)) for split in SPLITS}
-    every, judged = sum(counts.values()), sum(counts.values()) - counts["train"]
-    found = 0
+    (every, judged), found = query_counts(testbed), 0
     for piece in pieces:
         of_image = 2 * 4 * every
         if isinstance(config, StepConfig):

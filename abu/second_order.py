@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from abu.amortised import Compression, Examples, Sketch, inner_products, sketched
+from abu.amortised import Compression, Examples, Sketch, inner_products, require_finite, sketched
 from abu.curvature import DiagonalFisher
 from abu.diffusion_loss import NoiseSchedule, at_least_float32
 from abu.draws import DrawConfig
@@ -61,7 +61,10 @@ class TrainingTerms:
         self.engine, self.schedule = OutputGradients(model), schedule
 
     def __call__(self, examples: Examples, draws: DrawConfig, run: int) -> tuple[Tensor, list[Tensor]]:
-        """(g [B, T, out] of the mean loss; g of Jᵀv/√n, draw by draw) for one run, all bins."""
+        """(g [B, T, out] of the mean loss; g of Jᵀv/√n, draw by draw) for one run, all bins.
+
+        `ValueError` naming the example if one is not finite.
+        """
         slopes, products = [], []
         for bin_index in range(draws.bins):
             for index, (timesteps, noise) in enumerate(examples.draws(draws, run, bin_index)):
@@ -69,6 +72,8 @@ class TrainingTerms:
                 signs = random_signs(draws, examples, run, bin_index, index)
                 directions = partial(slope_and_signs, target=target, signs=signs)
                 slope, product = self.engine.products(noisy, timesteps, examples.text, directions)
+                require_finite(slope, "gradient", examples, bin_index)
+                require_finite(product, "product with random signs", examples, bin_index)
                 slopes.append(slope)
                 products.append(product)
         return torch.stack(slopes).mean(0), products

@@ -19,11 +19,11 @@ from tqdm import tqdm
 from abu.amortised import Compression, QueryMatrix, Sketch
 from abu.collect_config import CollectConfig, ScoreConfig
 from abu.compress import Quantised, Truncation
-from abu.curvature import CHUNK, EKFAC, DiagonalFisher
+from abu.curvature import CHUNK, DiagonalFisher
 from abu.gradients import MADE_BY as COLLECTED_BY
 from abu.gradients import load_gradients
 from abu.plan import Collection, Piece
-from abu.stages import folder_of, training_plan, whole_passes
+from abu.stages import folder_of, gradient_inputs, require_own_gradients, training_plan, whole_passes
 from abu.testbed import Testbed
 from fastgda.core import load_npy, read_manifest, relative, save_npy, sha256_file
 
@@ -87,13 +87,17 @@ class GradientStore:
         return {relative(path): sha256_file(path) for path in files}
 
     def build(self, device: torch.device) -> None:
-        """Writes the missing shards; `ValueError` if the folder holds others, or the gradients are another model's."""
-        require_same_model(self.testbed)
+        """Writes the missing shards.
+
+        `ValueError` if the folder holds others, or if the gradients or the factors are another model's.
+        """
+        whole_passes(self.testbed)
+        require_own_gradients(self.testbed, gradient_inputs(self.testbed))
+        curvature = self.testbed.load_curvature(device)
         Collection(self.folder).claim({**asdict(self.config), "passes": self.passes}, self.inputs, MADE_BY)
         missing = [piece for piece in self.plan if not self.path(piece, "norms").is_file()]
         if not missing:
             return
-        curvature = EKFAC.load(self.testbed.curvature).to(device)
         compression, examples = self.config.of(curvature), self.testbed.training_examples(device)
         for piece in tqdm(missing, desc="store", unit="shard"):
             text = examples.text[piece.start : piece.stop]
@@ -151,12 +155,3 @@ def open_store(testbed: Testbed) -> GradientStore:
     store = GradientStore(testbed, StoreConfig(**kept), manifest["config"]["passes"])
     Collection(store.folder).claim(manifest["config"], store.inputs, MADE_BY)
     return store
-
-
-def require_same_model(testbed: Testbed) -> None:
-    """`ValueError` unless the stored gradients are those of the model beside them."""
-    whole_passes(testbed)
-    path = testbed.source / "denoiser.safetensors"
-    collected, present = read_manifest(folder_of(testbed))["inputs"].get(relative(path)), sha256_file(path)
-    if collected != present:
-        raise ValueError(f"{folder_of(testbed)}: expected gradients of {path}, found those of another model")

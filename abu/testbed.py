@@ -13,9 +13,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from abu.amortised import Examples
+from abu.curvature import EKFAC
 from abu.models import AutoencoderConfig, DiffusionConfig, SourceModel, load_source
 from abu.training import LoopConfig
-from fastgda.core import ROOT, load_npy, require_file
+from fastgda.core import ROOT, load_npy, manifest_path, read_manifest, require_file, sha256_file
 from feature_extraction.minilm import MiniLM
 from feature_extraction.readers import read_split, split_path
 
@@ -55,6 +56,26 @@ class Testbed:
     def curvature(self) -> Path:
         """The EK-FAC factors, beside the weights they belong to."""
         return self.source / "ekfac.safetensors"
+
+    def check_curvature(self) -> None:
+        """`ValueError` if the manifest of the factors says that they were fitted to other weights than the model's.
+
+        Factors without a manifest, or fitted before it named the model, are taken as they are.
+        """
+        if not manifest_path(self.curvature).is_file():
+            return
+        fitted = read_manifest(self.curvature)["inputs"].get("denoiser")
+        weights = sha256_file(require_file(self.source / "denoiser.safetensors"))
+        if fitted not in (None, weights):
+            raise ValueError(
+                f"{self.curvature}: expected factors of the model {weights[:12]}…, found those of {fitted[:12]}…; "
+                "fit them with: python -m abu.fisher fit"
+            )
+
+    def load_curvature(self, device: torch.device) -> EKFAC:
+        """The EK-FAC factors; `ValueError` if they are missing, damaged or another model's."""
+        self.check_curvature()
+        return EKFAC.load(self.curvature).to(device)
 
     @property
     def runs(self) -> Path:

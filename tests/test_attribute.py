@@ -86,6 +86,25 @@ def test_a_dry_run_attributes_nothing(root, capsys):
     assert not (root / "out/test_3.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("rank", "message"),
+    [
+        (np.full((4, 10), IMAGES), r"expected training ids 0\.\.299, found 300 to 300"),
+        (np.full((4, 10), -1), r"expected training ids 0\.\.299, found -1 to -1"),
+        (np.zeros((2, 10), int), r"expected rank \[4, K\], a row for each query, found \[2, 10\]"),
+    ],
+)
+def test_a_stored_ranking_of_other_images_or_queries_is_refused(root, capsys, rank, message):
+    stored = root / "data/emoji/influence_test.npz"
+    kept = stored.read_bytes()
+    try:
+        save_npz(stored, rank=rank)
+        assert attribute_query(root, "3", "--candidates", "10") == 2
+    finally:
+        stored.write_bytes(kept)
+    assert re.search(rf"influence_test\.npz: {message}", capsys.readouterr().err)
+
+
 def test_more_candidates_than_are_ranked_are_refused(root, capsys):
     assert attribute_query(root, "1", "--candidates", "301") == 2
     assert "--candidates: expected 1..300, as many as are ranked, found 301" in capsys.readouterr().err

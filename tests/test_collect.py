@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -19,9 +20,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from torch.profiler import ProfilerActivity, profile
 
-from abu import collect, room, stages
-from abu.amortised import MeanGradients
+from abu import collect, collectors, room, stages
+from abu.amortised import MeanGradients, sketched
 from abu.collect_config import ScoreConfig, StepConfig
 from abu.collectors import ScoreCollector, StepCollector
 from abu.curvature import EKFAC
@@ -61,6 +63,34 @@ def write_testbed(root):
             for i in range(count)
         ]
         pq.write_table(pa.Table.from_pylist(rows, QUERY_SCHEMA), folder / "queries.parquet")
+
+
+@contextmanager
+def changed_json(path, part, name, value):
+    """Inside, one value of a manifest is another."""
+    kept = path.read_text()
+    manifest = json.loads(kept)
+    manifest[part][name] = value
+    path.write_text(json.dumps(manifest))
+    try:
+        yield
+    finally:
+        path.write_text(kept)
+
+
+def other_factors(root):
+    """Inside, the factors say that they were fitted to other weights."""
+    return changed_json(root / "weights/emoji_ldm/ekfac.safetensors.manifest.json", "inputs", "denoiser", "0" * 64)
+
+
+def peak_of_tensors(compute):
+    """Most bytes that live tensors took at once; what the process has resident depends on what it gave back before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept = compute()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    assert kept
+    return int(np.cumsum(sizes).max())
 
 
 def run(stage, root, *flags):
@@ -230,6 +260,115 @@ def test_a_dry_run_computes_nothing_and_names_time_memory_and_disk(collected, ca
     printed = capsys.readouterr().out
     assert re.search(r"2 pieces, [\d.]+ min, [\d.]+ GiB of memory, \d+ MiB on disk", printed)
     assert not list((collected / "data/emoji/cache/teacher").glob("pass_5_*"))
+
+
+def test_a_dry_run_or_a_refusal_writes_nothing(collected, capsys, monkeypatch):
+    new = ("training", "--root", str(collected), "--measure", "square")
+    assert collect.main([*new, "--dry_run"]) == 0
+    assert collect.main(["training", "--root", str(collected), "--bf16", "--dry_run"]) == 2
+    assert "config.bf16 is False, wanted True" in capsys.readouterr().err
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**40, 2**40, 1024))
+    assert collect.main([*new]) == 2
+    assert "GiB free for the pieces" in capsys.readouterr().err
+    assert not (collected / "data/emoji/cache/teacher_square").exists()
+
+
+def test_a_gradient_that_is_not_finite_is_not_stored_and_listed_as_failed(collected, tmp_path, capsys):
+    root = tmp_path / "root"
+    shutil.copytree(collected, root, ignore=shutil.ignore_patterns("cache"))
+    path = root / "data/emoji/trainset/text_embeddings.npy"
+    text = np.load(path)
+    text[7] = np.nan
+    save_npy(path, text)
+    assert collect.main(["training", "--root", str(root)]) == 2
+    message = "train example 7, timestep bin 0: expected a finite loss"
+    assert message in capsys.readouterr().err
+    folder = root / "data/emoji/cache/teacher"
+    assert not list(folder.glob("*.npz"))
+    (line,) = (folder / "failed.jsonl").read_text().splitlines()
+    assert json.loads(line)["attempt"] == 1 and message in json.loads(line)["error"]
+    run("status", root)
+    assert f"failed: pass_0_000000.npz: ValueError: {message}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage", ["scores", "steps"])
+def test_gradients_and_factors_of_another_model_make_no_scores(collected, capsys, stage):
+    def refused(message):
+        assert collect.main([stage, "--root", str(collected)]) == 2
+        assert message in capsys.readouterr().err
+
+    with other_factors(collected):
+        refused("ekfac.safetensors: expected factors of the model")
+    with changed_json(collected / "data/emoji/cache/teacher/manifest.json", "config", "query_draws", 9):
+        refused("config.query_draws is 9, wanted 8")
+    # as many bytes as before
+    for name in ("trainset/latents.npy", "trainset/text_embeddings.npy", "query_train/latents.npy"):
+        path = collected / "data/emoji" / name
+        kept = path.read_bytes()
+        try:
+            path.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+            refused(f"draws that are used now, found others (inputs.data/emoji/{name} is")
+        finally:
+            path.write_bytes(kept)
+
+
+def test_pieces_of_another_training_set_are_refused(collected, capsys):
+    path = collected / "data/emoji/trainset/text_embeddings.npy"
+    kept = path.read_bytes()
+    try:
+        path.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+        assert collect.main(["training", "--root", str(collected), "--first_pass", "7"]) == 2
+    finally:
+        path.write_bytes(kept)
+    assert "inputs.data/emoji/trainset/text_embeddings.npy is" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("scores", "--passes", "3"), "--passes: expected 1..2, as many as are collected, found 3"),
+        (("scores", "--passes", "0"), "--passes: expected at least 1, found 0"),
+        (("training", "--passes", "-1"), "--passes: expected at least 1, found -1"),
+        (("steps", "--first_pass", "-1"), "--first_pass: expected at least 0, found -1"),
+    ],
+)
+def test_passes_that_there_cannot_be_are_refused(collected, capsys, flags, message):
+    assert collect.main([*flags, "--root", str(collected)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_queries_are_taken_in_without_a_second_copy(testbed, monkeypatch):
+    """The same numbers as from all of them at once, and little more memory than is asked for beforehand."""
+    config, runs = StepConfig(query_bits=16), {}
+    collector = StepCollector(testbed, config)
+    for split in QUERIES:
+        examples, parts = stages.examples_of(testbed, split, torch.device("cpu")), []
+        for piece in stages.query_plan(testbed, (split,)):
+            text = examples.text[piece.start : piece.stop]
+            gradients = load_gradients(stages.folder_of(testbed) / piece.name, text, "").mean(1)
+            parts.append(torch.stack([sketched(run, text, collector.curvature, collector.whole) for run in gradients]))
+        runs[split] = torch.cat(parts, 1)
+    pooled = torch.cat([run.mean(0) for run in runs.values()])
+    assert torch.equal(collector.queries.whole, pooled.bfloat16())
+    for run, half in enumerate(collector.halves):
+        assert torch.equal(half.whole, torch.cat([runs["val"], runs["test"]], 1)[run].bfloat16())
+
+    examples = {split: stages.examples_of(testbed, split, torch.device("cpu")) for split in QUERIES}
+    monkeypatch.setattr(collectors, "examples_of", lambda testbed, split, device: examples[split])
+    rows, weights = collector.curvature.eigenvalues.shape[0], collector.curvature.eigenvalues.numel()
+    needed, piece = room.step_memory(77, 7, weights, config), 4 * 2 * 5 * 64 * 16 * rows
+    # a piece is unpacked, scaled and averaged; a few rotated and whitened rows beside it
+    assert needed < peak_of_tensors(collector._queries) < needed + 3 * piece + 2 * 4 * 8 * weights * 4
+
+
+def test_workers_on_other_machines_are_not_weighed_against_this_one(collected, testbed, capsys, monkeypatch):
+    flags = ["--root", str(collected), "--first_pass", "7", "--workers", "3", "--dry_run"]
+    monkeypatch.setattr(room.os, "sysconf", lambda name: 64)
+    for stage, purpose in (("training", "--workers 3"), ("steps", "gradients of 77 queries on 3 workers")):
+        assert collect.main([stage, *flags]) == 2
+        assert f"{purpose}: expected " in capsys.readouterr().err
+        assert collect.main([stage, *flags, "--address", "elsewhere:6379"]) == 0
+        assert "2 pieces, " in capsys.readouterr().out
 
 
 def test_status_counts_pieces(collected, capsys):

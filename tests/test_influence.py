@@ -18,6 +18,7 @@ from abu.draws import DrawConfig, draw
 from abu.fisher import CurvatureConfig, fit_curvature
 from abu.influence import mean_losses
 from abu.layers import select_layers
+from abu.second_order import TrainingTerms
 from abu.unlearn import UnlearnConfig, moved_model, natural_step, query_gradient, still_weights, unlearn
 
 DRAWS = DrawConfig(bins=2, draws=2)
@@ -187,6 +188,35 @@ def test_sketched_products_are_unbiased(tiny, curvature):
 def test_sketch_size_must_divide_the_weights(curvature):
     with pytest.raises(ValueError, match="expected a divisor"):
         Sketch.of(curvature, 11)
+
+
+def test_what_is_not_finite_is_refused_with_the_examples_name(tiny):
+    """Row 3 of the batch is image 8."""
+    latents = tiny.training.latents.clone()
+    latents[8] = torch.nan
+    batch = replace(tiny.training, latents=latents).rows(5, 12)
+    engine = MeanGradients(tiny.denoiser, tiny.schedule)
+    for compute in (
+        lambda: engine(batch, DRAWS, 0),
+        lambda: mean_losses([tiny.denoiser], tiny.schedule, batch, DRAWS, progress=False),
+        lambda: TrainingTerms(tiny.denoiser, tiny.schedule)(batch, DRAWS, 0),
+    ):
+        with pytest.raises(ValueError, match=r"train example 8, timestep bin 0: expected a finite (loss|gradient)"):
+            compute()
+
+
+def test_a_gradient_that_overflows_is_refused_though_its_loss_is_finite(tiny, monkeypatch):
+    engine = MeanGradients(tiny.denoiser, tiny.schedule)
+    compute = engine.gradients
+
+    def overflow(*inputs):
+        gradients, losses = compute(*inputs)
+        gradients[2, 1, 0] = torch.inf
+        return gradients, losses
+
+    monkeypatch.setattr(engine, "gradients", overflow)
+    with pytest.raises(ValueError, match="train example 2, timestep bin 1: expected a finite gradient"):
+        engine.of_bin(tiny.training, DRAWS, 0, 1)
 
 
 def test_losses_follow_the_definition_and_a_subset_gets_the_same(tiny):

@@ -20,7 +20,7 @@ from abu.layers import matrix_shape, select_layers
 from abu.models import build_denoiser
 from abu.testbed import TESTBEDS
 from benchmark import factors
-from fastgda.core import ROOT
+from fastgda.core import ROOT, write_manifest
 
 CPU = torch.device("cpu")
 DOUBLE = {
@@ -187,6 +187,39 @@ def test_a_missing_or_truncated_file_is_named(saved, tmp_path):
     path.unlink()
     with pytest.raises(ValueError, match=r"gradient_eigenvectors\.safetensors: expected a file, found nothing"):
         load_curvature(folder)
+
+
+def test_ekfac_factors_without_eigenvectors_are_not_taken_for_a_diagonal(saved, tmp_path):
+    """An unfinished copy; what is left of it are the files that a diagonal consists of."""
+    folder = shutil.copytree(saved, tmp_path / "factors")
+    for vectors in folder.glob("*_eigenvectors.safetensors"):
+        vectors.unlink()
+    with pytest.raises(ValueError, match=r"eigenvectors\.safetensors: expected a file, found nothing"):
+        load_curvature(folder)
+    arguments = folder / "factor_arguments.json"
+    for text, message in (('{"strategy": "kfac"}', "expected .*ekfac or diagonal, found 'kfac'"), ("{", "damaged")):
+        arguments.write_text(text)
+        with pytest.raises(ValueError, match=rf"factor_arguments\.json: .*{message}"):
+            load_curvature(folder)
+    arguments.unlink()
+    write_manifest(folder, CurvatureConfig(), command="")
+    with pytest.raises(ValueError, match=r"eigenvectors\.safetensors: expected a file, found nothing"):
+        load_curvature(folder)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"expected eigenvectors, or factor_arguments\.json .*, found neither"):
+        load_curvature(folder)
+
+
+def test_the_folder_says_that_factors_are_diagonal(saved, tmp_path):
+    """By the manifest as well, and though eigenvectors of an earlier fit lie beside them."""
+    folder = shutil.copytree(saved, tmp_path / "factors")
+    save_curvature(folder, fit("diagonal"))
+    (loaded, *_) = load_curvature(folder).groups
+    assert not isinstance(loaded, EKFAC)
+    (folder / "factor_arguments.json").unlink()
+    write_manifest(folder, CurvatureConfig(kind="diagonal"), command="")
+    (again, *_) = load_curvature(folder).groups
+    assert torch.equal(again.eigenvalues, loaded.eigenvalues)
 
 
 def test_the_benchmark_reports_times_and_equal_factors(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from small_collection import IMAGES, QUERIES, small_collection
+from test_collect import other_factors
 
 from abu import collect, query, stages
 from abu.amortised import QueryMatrix, Sketch, score_block
@@ -105,9 +106,14 @@ def test_bad_queries_and_other_stores_are_refused(root, built, tmp_path, capsys)
     try:
         weights.write_bytes(kept + b" ")
         assert "expected pieces of the same settings and inputs" in refused("score", "--split", "val")
-        assert "found those of another model" in refused(*("build", "--size", built[-1]))
+        changed = "inputs.weights/emoji_ldm/denoiser.safetensors is "
+        assert changed in refused("build", "--size", built[-1])
     finally:
         weights.write_bytes(kept)
+    assert "--passes: expected 1..2, as many as are collected, found 3" in refused("build", "--passes", "3")
+    assert "--passes: expected 1..2, as many as are collected, found 0" in refused("build", "--passes", "0")
+    with other_factors(root):
+        assert "ekfac.safetensors: expected factors of the model" in refused("build", "--size", built[-1])
 
 
 def test_without_a_store_the_command_is_named(tmp_path, capsys):
