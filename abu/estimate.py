@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import io
-import resource
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from abu.cluster import Worker
+from abu.peak import forget_peak, peak_bytes
 from abu.plan import Collection, Piece
 from abu.room import require_disk, require_memory
 
-SAMPLE = {"query": 16, "pass": 64, "scores": 64, "step": 64}
+SAMPLE = {"query": 8, "pass": 64, "scores": 64, "step": 64}
 """Examples that are computed to measure the rate."""
 
 
@@ -53,7 +53,7 @@ def estimate(
     need that run `here` (default: all). Workers on other machines are assumed to be as fast as this one; whether their
     memory suffices is not known.
     """
-    missing, threads = collection.missing(pieces), torch.get_num_threads()
+    missing, threads, loaded = collection.missing(pieces), torch.get_num_threads(), peak_bytes()
     torch.set_num_threads(max(1, threads // workers))
     try:
         measured = {piece.examples: piece for piece in reversed(missing)}
@@ -62,10 +62,10 @@ def estimate(
         torch.set_num_threads(threads)
     seconds = disk = 0.0
     for piece in missing:
-        per_second, per_byte = costs[piece.examples]
-        seconds += per_second * (piece.stop - piece.start) / workers
-        disk += per_byte * (piece.stop - piece.start)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        cost = costs[piece.examples]
+        seconds += cost.seconds * (piece.stop - piece.start) / workers
+        disk += cost.disk * (piece.stop - piece.start)
+    memory = max([loaded, *(cost.memory for cost in costs.values())])
     gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     require_disk(collection.folder, int(disk))
     here = workers if here is None else here
@@ -73,13 +73,39 @@ def estimate(
     return Estimate(len(missing), seconds, workers * memory, gpu, int(disk))
 
 
-def _measure(worker: Worker, piece: Piece) -> tuple[float, float]:
-    """(seconds, bytes on disk) of one example; a few examples first, which load what is loaded only once."""
-    worker.compute(Piece(piece.stage, piece.part, piece.start, min(piece.start + 2, piece.stop)))
-    stop = min(piece.start + SAMPLE[piece.stage], piece.stop)
-    began = time.perf_counter()
-    arrays = worker.compute(Piece(piece.stage, piece.part, piece.start, stop))
-    seconds = time.perf_counter() - began
+@dataclass(frozen=True)
+class Cost:
+    """What was measured on a few examples."""
+
+    seconds: float
+    """Of one."""
+    disk: float
+    """Bytes of one."""
+    memory: int
+    """Peak of the process while it computes a whole piece."""
+
+
+def _measure(worker: Worker, piece: Piece) -> Cost:
+    """Two examples first, which load what is loaded only once; then some, and twice as many.
+
+    What the second has above the first in memory is taken to grow on to the size of the piece.
+    """
+    size, some = piece.stop - piece.start, SAMPLE[piece.stage]
+    _compute(worker, piece, min(2, size))
+    counts = sorted({min(some, size), min(2 * some, size)})
+    peaks = []
+    for count in counts:
+        forget_peak()
+        began = time.perf_counter()
+        arrays = _compute(worker, piece, count)
+        seconds = time.perf_counter() - began
+        peaks.append(peak_bytes())
+    growth = max(0.0, (peaks[-1] - peaks[0]) / max(1, counts[-1] - counts[0]))
     packed = io.BytesIO()
     np.savez(packed, allow_pickle=False, **arrays)
-    return seconds / (stop - piece.start), packed.getbuffer().nbytes / (stop - piece.start)
+    memory = int(peaks[-1] + growth * (size - counts[-1]))
+    return Cost(seconds / counts[-1], packed.getbuffer().nbytes / counts[-1], memory)
+
+
+def _compute(worker: Worker, piece: Piece, count: int) -> dict[str, np.ndarray]:
+    return worker.compute(replace(piece, stop=piece.start + count))

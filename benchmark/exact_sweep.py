@@ -29,10 +29,10 @@ import torch
 from abu.amortised import Examples
 from abu.influence import ExactInfluence, exact_influence, mean_losses
 from abu.loss_draws import LossDraws
+from abu.peak import forget_peak, peak_bytes
 from abu.sweep import Sweep, SweepConfig
 from abu.testbed import Testbed, add_testbed_flags, testbed_from
 from abu.unlearn import Change, UnlearnConfig, moved_model, natural_step, query_gradient
-from benchmark.peak import forget_peak, peak_bytes
 from fastgda.core import ROOT, best_device, command_line, environment, save_json
 from fastgda.flags import add_flags, from_flags
 from fastgda.metrics import spearman, standard_error

@@ -37,8 +37,8 @@ from abu.fisher import CurvatureConfig, fit_curvature
 from abu.kronfluence_files import load_curvature, save_curvature
 from abu.layers import PATTERNS, Layer, matrix_shape, select_layers
 from abu.models import DiffusionConfig, build_denoiser, noise_schedule
+from abu.peak import forget_peak, peak_bytes
 from abu.testbed import TESTBEDS
-from benchmark.peak import forget_peak, peak_bytes
 from fastgda.core import ROOT, command_line, environment, save_json
 
 BATCH = 64

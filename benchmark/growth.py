@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmark.peak import forget_peak, peak_bytes
+from abu.peak import forget_peak, peak_bytes
 from benchmark.stopwatch import SpeedConfig, Stopwatch, timed
 from fastgda.core import ROOT, best_device, save_json
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from benchmark.peak import forget_peak, peak_bytes
+from abu.peak import forget_peak, peak_bytes
 
 
 def test_what_was_given_back_before_does_not_count():
