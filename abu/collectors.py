@@ -10,6 +10,7 @@ import torch
 
 from abu.amortised import (
     RUNS,
+    Compression,
     Examples,
     MeanGradients,
     QueryMatrix,
@@ -109,7 +110,8 @@ class StepCollector:
         output gradients of one piece.
         """
         every, judged = query_counts(self.testbed)
-        kinds, dtype, device = (self.whole, self.folded), TYPES[self.config.query_bits], self.device
+        kinds: tuple[Compression, ...] = (self.whole, self.folded)
+        dtype, device = TYPES[self.config.query_bits], self.device
         pooled = [torch.empty(every, kind.size, dtype=dtype, device=device) for kind in kinds]
         halves = [torch.empty(RUNS, judged, kind.size, dtype=dtype, device=device) for kind in kinds]
         start = 0

@@ -104,7 +104,7 @@ def test_workers_that_cannot_start_say_why(nodes, collection):
         run_plan(refuse, collection, PIECES, ClusterConfig(2, threads=1))
 
 
-def test_a_node_may_leave(nodes, orders, collection):
+def test_a_node_may_be_killed(nodes, orders, collection):
     cluster, second = nodes
     finished = []
 
@@ -112,7 +112,7 @@ def test_a_node_may_leave(nodes, orders, collection):
         collection.store(piece, arrays)
         finished.append(piece)
         if len(finished) == 1:
-            cluster.remove_node(second)
+            cluster.remove_node(second, allow_graceful=False)
 
     with Pool(partial(Worker, orders), ClusterConfig(2, threads=1)) as pool:
         assert pool.run(PIECES, done, collection.failed) == []

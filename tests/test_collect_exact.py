@@ -13,10 +13,10 @@ import pytest
 import torch
 from test_collect import IMAGES, QUERIES, run, write_testbed
 
-from abu import collect_exact, exact_estimate
+from abu import collect_exact, exact_estimate, room
 from abu.candidates import CandidateConfig, candidate_lists
 from abu.cluster import run_plan
-from abu.exact_collection import ExactCollector, ExactConfig, ExactPlan, PlanConfig
+from abu.exact_collection import ExactCollector, ExactConfig, ExactPlan, PlanConfig, exact_plan
 from abu.influence import ExactInfluence, exact_influence
 from abu.loss_draws import LossDraws
 from abu.plan import Collection
@@ -30,6 +30,7 @@ from fastgda.rankings import load_rankings
 
 CPU = torch.device("cpu")
 FLAGS = ("--query_draws", "1", "--timesteps", "2", "--rows", "16", "--split", "test", "--tile", "3", "--shard", "5")
+PLAN = PlanConfig(tile=3, shard=5)
 DRAWS, UNLEARN = LossDraws(timesteps=2), UnlearnConfig(query_draws=1)
 K = 8
 
@@ -141,7 +142,7 @@ def test_order_of_the_pieces_does_not_matter(root, tmp_path, lists):
         draws=DRAWS,
         candidates=CandidateConfig(root / "lists.npz"),
         sweep=SweepConfig(rows=16),
-        plan=PlanConfig(tile=3, shard=5),
+        plan=PLAN,
     )
     made, kept = Collection(tmp_path), Collection(root / "data/emoji/cache/exact_test")
     worker = ExactCollector(testbed, config, tmp_path)
@@ -232,6 +233,53 @@ def test_a_dry_run_and_the_status(root, tmp_path, capsys):
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "unlearned: 4 of 4 pieces"
     assert all(re.fullmatch(r"\w+: (\d+) of \1 pieces", line) for line in printed)
+
+
+def test_the_status_counts_the_plan_of_the_folder(root, tmp_path, capsys):
+    """Flags that are left out are those that the pieces were made with, as in the module's examples."""
+    command = ["status", "--root", str(root), "--split", "test"]
+    testbed = replace(TESTBEDS["emoji"], root=root)
+    stages = exact_plan(testbed, ExactConfig(candidates=CandidateConfig(root / "lists.npz"), plan=PLAN)).stages()
+    wanted = [f"{name}: {len(pieces)} of {len(pieces)} pieces" for name, pieces in stages.items()]
+    assert len(stages["influence"]) > 2
+    # its manifest stands outside the repository, and so holds no more than the name of the candidates
+    named = root / "data/emoji/lists.npz"
+    for flags in ([], ["--candidates", str(root / "lists.npz")]):
+        if not flags:
+            shutil.copy(root / "lists.npz", named)
+        assert collect_exact.main([*command, *flags]) == 0
+        assert capsys.readouterr().out.splitlines() == wanted
+        named.unlink(missing_ok=True)
+    assert collect_exact.main(command) == 2
+    assert "expected the candidates of" in capsys.readouterr().err
+    save_npz(tmp_path / "lists.npz", rank=np.arange(8).reshape(4, 2))
+    assert collect_exact.main([*command, "--candidates", str(tmp_path / "lists.npz")]) == 2
+    assert "was made for, found others" in capsys.readouterr().err
+
+
+def test_workers_on_other_machines_are_not_weighed_against_this_one(root, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(room.os, "sysconf", lambda name: 64)
+    flags = with_lists(root, "--folder", str(tmp_path / "new"), "--workers", "3", "--dry_run")
+    assert collect(root, "all", *flags) == 2
+    assert "3 workers: expected " in capsys.readouterr().err
+    assert collect(root, "all", *flags, "--address", "elsewhere:6379") == 0
+    assert "GiB of memory" in capsys.readouterr().out
+
+
+def test_a_dry_run_refuses_the_folder_of_other_settings(root, capsys):
+    assert collect(root, "all", "--dry_run", *with_lists(root, "--step", "0.02")) == 2
+    assert "config.step is 0.1, wanted 0.02" in capsys.readouterr().err
+
+
+def test_ray_workers_leave_the_same_pieces(root, tmp_path):
+    kept, made = root / "data/emoji/cache/exact_test", tmp_path / "new"
+    assert collect(root, "all", *with_lists(root, "--folder", str(made), "--workers", "2")) == 0
+    names = sorted(path.name for path in kept.glob("*.npz"))
+    assert sorted(path.name for path in made.glob("*.npz")) == names
+    for name in names:
+        old, new = np.load(kept / name), np.load(made / name)
+        for key in old.files:
+            np.testing.assert_allclose(new[key], old[key], rtol=1e-5, atol=1e-7, err_msg=name)
 
 
 def test_a_step_that_rounding_swallows_is_reported(root, tmp_path, capsys):
