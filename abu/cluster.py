@@ -10,7 +10,8 @@ import argparse
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -100,6 +101,7 @@ class Pool:
         self.running: dict[Any, tuple[Any, Any, int]] = {}
         self.starting: dict[Any, Any] = {}
         self.actors: list[Any] = []
+        self.idle = deque[Any]()
         self.broken = 0
 
     def __enter__(self) -> Pool:
@@ -130,10 +132,13 @@ class Pool:
         done: Callable[[Any, dict[str, np.ndarray]], None],
         failed: Callable[[Any, int, str], None],
     ) -> list[Any]:
-        """Computes all pieces; returns those given up. `failed` hears of every attempt that failed."""
-        waiting, idle = deque((piece, 1) for piece in pieces), deque[Any]()
+        """Computes all pieces; returns those given up. `failed` hears of every attempt that failed.
+
+        Workers that an earlier call started are used again.
+        """
+        waiting, idle = deque((piece, 1) for piece in pieces), self.idle
         given_up: list[Any] = []
-        for _ in range(min(self.config.workers, len(pieces))):
+        for _ in range(min(self.config.workers, len(pieces)) - len(idle) - len(self.starting)):
             self._start()
         while waiting or self.running:
             while waiting and idle:
@@ -197,32 +202,50 @@ def run_plan(
     On workers, `ValueError` at the end if some were given up; in this process the first error is raised as it is.
     Either way failed.jsonl lists them, and the next call tries them again.
     """
-    missing = collection.missing(pieces)
-    if not missing:
+    run_stages(build, collection, {unit: pieces}, cluster)
+
+
+def run_stages(
+    build: Callable[[], Worker],
+    collection: Collection,
+    stages: Mapping[str, Sequence[Task]],
+    cluster: ClusterConfig | None = None,
+) -> None:
+    """The same for several plans (unit -> pieces), one after the other, by the same workers."""
+    missing = {unit: collection.missing(pieces) for unit, pieces in stages.items()}
+    if not any(missing.values()):
         return
     collection.started()
+    with nullcontext() if cluster is None else Pool(build, cluster) as pool:
+        runner = pool or build()
+        for unit, pieces in stages.items():
+            if missing[unit]:
+                _run_stage(runner, collection, pieces, missing[unit], unit)
+
+
+def _run_stage(
+    runner: Worker | Pool, collection: Collection, pieces: Sequence[Task], missing: list[Task], unit: str
+) -> None:
     with tqdm(total=len(pieces), initial=len(pieces) - len(missing), unit=unit) as bar:
 
         def done(piece: Task, arrays: dict[str, np.ndarray]) -> None:
             collection.store(piece, arrays)
             bar.update()
 
-        if cluster is None:
-            worker = build()
+        if not isinstance(runner, Pool):
             for piece in missing:
                 try:
-                    arrays = worker.compute(piece)
+                    arrays = runner.compute(piece)
                 except Exception as error:
                     collection.failed(piece, 1, _cause(error))
                     raise
                 done(piece, arrays)
             return
-        with Pool(build, cluster) as pool:
-            given_up = pool.run(missing, done, collection.failed)
+        given_up = runner.run(missing, done, collection.failed)
     if given_up:
         raise ValueError(
-            f"{collection.folder}: expected {len(pieces)} pieces, gave up {len(given_up)} after {cluster.attempts} "
-            f"attempts each, {given_up[0].name} the first; see failed.jsonl"
+            f"{collection.folder}: expected {len(pieces)} pieces, gave up {len(given_up)} after "
+            f"{runner.config.attempts} attempts each, {given_up[0].name} the first; see failed.jsonl"
         )
 
 

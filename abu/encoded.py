@@ -59,6 +59,19 @@ class EncodedPictures:
         """C."""
         return self.text.shape[1]
 
+    def require_fit(self, folder: Path, latent_shape: tuple[int, int, int], width: int) -> None:
+        """`ValueError` naming the file of `folder` unless latents are (c, h, w) and token states `width` numbers."""
+        if tuple(self.latents.shape[1:]) != latent_shape:
+            raise ValueError(
+                f"{folder / LATENTS}: expected latents {list(latent_shape)}, which the source's denoiser was made for, "
+                f"found {list(self.latents.shape[1:])}"
+            )
+        if self.text.shape[3] != width:
+            raise ValueError(
+                f"{folder / TEXT}: expected token states of {width} numbers, which the source's denoiser reads, "
+                f"found {self.text.shape[3]}"
+            )
+
     def examples(self, ids: Sequence[int], device: torch.device, *, view: int = 0, caption: int = 0) -> Examples:
         """Pictures of one view with one of their captions, in float32. Each view and caption has noise of its own."""
         for name, index, count in (("view", view, self.views), ("caption", caption, self.captions)):

@@ -33,6 +33,8 @@ from abu.unlearn import Change, UnlearnConfig, still_weights
 from fastgda.core import best_device, load_npz, manifest_path, read_manifest, require_file, sha256_file
 
 COMMAND = "python -m abu.collect_exact"
+TILED = ("influence", "scores")
+"""Stages whose pieces belong to a tile of queries; the second is `abu.score_collection`'s."""
 Part = TypeVar("Part")
 
 
@@ -94,7 +96,7 @@ class ExactPiece:
     @property
     def name(self) -> str:
         """Its file."""
-        tile = f"{self.tile:05d}_" if self.stage == "influence" else ""
+        tile = f"{self.tile:05d}_" if self.stage in TILED else ""
         return f"{self.stage}_{tile}{self.start:08d}.npz"
 
 
@@ -234,10 +236,10 @@ def input_hashes(testbed: Testbed, config: ExactConfig) -> dict[str, str]:
     flipped = trainset / "latents_flipped.npy"
     files += [flipped] if config.draws.flips and flipped.is_file() else []
     files += [config.candidates.candidates] if config.candidates.candidates else []
-    return {input_name(testbed, path): _hash(require_file(path)) for path in files}
+    return {input_name(testbed, path): recorded_hash(require_file(path)) for path in files}
 
 
-def _hash(path: Path) -> str:
+def recorded_hash(path: Path) -> str:
     """The hash in the file's own manifest where its size is still the same: text of COCO's size takes long to read."""
     if manifest_path(path).is_file():
         entry = read_manifest(path)["files"].get(path.name)

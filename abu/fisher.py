@@ -35,7 +35,7 @@ from abu.encoded import LATENTS, EncodedPictures
 from abu.kronfluence_files import load_curvature, save_curvature
 from abu.layers import PATTERNS, GroupGradients, LayerGradients, LayerPattern, select_layers
 from abu.models import SourceModel
-from abu.pipelines import open_source, source_hashes
+from abu.pipelines import denoiser_inputs, open_source, source_hashes
 from abu.spectrum import draw_spectra, spectra
 from abu.testbed import Testbed, add_testbed_flags, testbed_from
 from fastgda.core import best_device, command_line, sha256_file, write_manifest
@@ -234,6 +234,7 @@ def fit_encoded(source: str, trainset: Path, config: CurvatureConfig, path: Path
         raise ValueError(f"{path}: expected a folder for the factors of --source, found a file's name")
     encoded = EncodedPictures.open(trainset)
     model = open_source(source, best_device())
+    encoded.require_fit(trainset, *denoiser_inputs(model.denoiser))
     arrays = torch.from_numpy(encoded.latents), torch.from_numpy(encoded.text)
     curvature = fit_curvature(model.denoiser, model.schedule, *arrays, config)
     files = save_curvature(path, curvature)

@@ -28,6 +28,7 @@ from abu.draws import DrawConfig
 from abu.keyvalue import is_beginning
 from abu.layers import GroupGradients, LayerGradients, add_to_weights, select_layers
 from abu.second_order import random_signs, slope_and_signs
+from abu.unlearn import query_batches
 
 Changes = Mapping[str, Tensor]
 """Name of a layer -> matrices [..., out, in], the bias as last column."""
@@ -38,6 +39,33 @@ class WeightGradients:
 
     def __init__(self, model: nn.Module, schedule: NoiseSchedule) -> None:
         self.engine, self.schedule = LayerGradients(model), schedule
+
+    def of_query(self, query: Examples, draws: DrawConfig, rows: int) -> dict[str, Tensor]:
+        """Name -> ∇W [1, out, in] of one example, the mean over all bins and draws, of which `rows` are taken at once.
+
+        Raises `ValueError` naming the query if a loss is not finite.
+        """
+        total: dict[str, Tensor] = {}
+        shared: dict[tuple[str, ...], GroupGradients] = {}
+        for timesteps, noise in query_batches(draws, query, rows=rows):
+            count = len(noise)
+            latents, text = query.latents.expand(count, -1, -1, -1), query.text.repeat(count, 1, 1)
+            groups, losses = self.engine(*self.schedule.noised(latents, noise, timesteps), timesteps, text)
+            if not torch.isfinite(losses).all():
+                raise ValueError(f"query {query.ids[0]}: expected finite losses, found {losses.tolist()}")
+            for group in groups:
+                if is_beginning(group.inputs, text):
+                    # All rows read the same tokens, so that their gradients add up before the product.
+                    before, outputs = shared.get(group.names), group.outputs.sum(0, keepdim=True)
+                    outputs = before.outputs + outputs if before else outputs
+                    shared[group.names] = replace(group, inputs=group.inputs[:1], outputs=outputs)
+                else:
+                    # More rows of one example are simply more of its positions.
+                    inputs, outputs = (tensor.flatten(0, 1)[None] for tensor in (group.inputs, group.outputs))
+                    _add(total, replace(group, inputs=inputs, outputs=outputs))
+        for group in shared.values():
+            _add(total, group)
+        return {name: total[name] / (draws.bins * draws.draws) for name in self.engine.layers}
 
     def __call__(self, examples: Examples, draws: DrawConfig, runs: range = range(1)) -> dict[str, Tensor]:
         """Name -> ∇W [B, out, in] of each example, the mean over all bins, draws and runs."""
@@ -96,12 +124,13 @@ def first_order_scores(
     *,
     runs: range = range(1),
     batch_size: int = 8,
+    progress: bool = True,
 ) -> Tensor:
     """⟨Δθ_ẑ, ∇𝓛(z, θ0)⟩ [Q, B] of every query, from `changes` [Q, out, in]; higher is more influential.
 
     `batch_size` examples keep the gradients of all layers in memory at once.
     """
-    bar = tqdm(examples.batches(batch_size), desc="first order", unit="batch", mininterval=1.0)
+    bar = _bar(examples.batches(batch_size), "first order", progress)
     return torch.cat([_along(changes, gradients(batch, draws, runs).items()) for batch in bar], dim=1)
 
 
@@ -113,13 +142,14 @@ def second_order_scores(
     *,
     runs: range = range(1),
     batch_size: int = 8,
+    progress: bool = True,
 ) -> Tensor:
     """⟨Δθ_ẑ, ∇𝓛(z, θ0)⟩ + E‖JΔθ_ẑ‖² / n [Q, B], as `first_order_scores`; the squares by one random sign in each draw.
 
     All layers' changes of the output are added up before they are squared: one step moves all of them.
     """
     parts = []
-    for batch in tqdm(examples.batches(batch_size), desc="second order", unit="batch", mininterval=1.0):
+    for batch in _bar(examples.batches(batch_size), "second order", progress):
         terms = []
         for timesteps, noise, place in _all_draws(batch, draws, runs):
             noisy, target = gradients.schedule.noised(batch.latents, noise, timesteps)
@@ -131,6 +161,10 @@ def second_order_scores(
             terms.append(first + along.square())
         parts.append(torch.stack(terms).mean(0))
     return torch.cat(parts, dim=1)
+
+
+def _bar(batches: list[Examples], name: str, progress: bool) -> Iterable[Examples]:
+    return tqdm(batches, desc=name, unit="batch", mininterval=1.0, disable=not progress)
 
 
 def _along(changes: Changes, gradients: Iterable[tuple[str, Tensor]]) -> Tensor:

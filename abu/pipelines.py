@@ -177,6 +177,12 @@ def text_width(config: Any) -> int:
     return found
 
 
+def denoiser_inputs(denoiser: nn.Module) -> tuple[tuple[int, int, int], int]:
+    """((c, h, w) of the latents, width of the token states) that a source's denoiser reads."""
+    config = (denoiser.model if isinstance(denoiser, TextDenoiser) else denoiser).config
+    return latent_shape(config), text_width(config)
+
+
 def probe(
     conditioning: Conditioning, config: Any, shape: tuple[int, int, int], timestep: int, device: torch.device
 ) -> Probe:

@@ -40,7 +40,8 @@ class PaperSettings:
     images: int
     """N of eq. 1."""
     step: float
-    """α of eq. 1: the Newton step is α/N."""
+    """α of eq. 1. The Newton step, which multiplies F⁻¹∇𝓛, is α/N: Stable Diffusion's 0.002 is α, and is divided by
+    N = 400 M."""
     query_draws: int
     """Draws of (t, ε) for the gradient of a query."""
     timesteps: int

@@ -77,7 +77,7 @@ def query_gradient(
     engine = LayerGradients(model)
     curvature = curvature.for_layers(engine.layers)
     totals = tuple(torch.zeros_like(group.eigenvalues) for group in curvature.groups)
-    for timesteps, noise in _batches(draws, query, runs):
+    for timesteps, noise in query_batches(draws, query, runs):
         rows = len(noise)
         latents, text = query.latents.expand(rows, -1, -1, -1), query.text.repeat(rows, 1, 1)
         groups, losses = engine(*schedule.noised(latents, noise, timesteps), timesteps, text)
@@ -94,12 +94,14 @@ def query_gradient(
     return tuple(total / count for total in totals)
 
 
-def _batches(draws: DrawConfig, query: Examples, runs: range) -> Iterator[tuple[Tensor, Tensor]]:
-    """(timesteps [≤ ROWS], noise [≤ ROWS, c, h, w]): all draws of the query, always cut in the same way."""
+def query_batches(
+    draws: DrawConfig, query: Examples, runs: range = range(1), rows: int = ROWS
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(timesteps [≤ rows], noise [≤ rows, c, h, w]): all draws of one query, always cut in the same way."""
     shape, device = tuple(query.latents.shape[1:]), query.latents.device
     places = [(run, b, index) for run in runs for b in range(draws.bins) for index in range(draws.draws)]
-    for start in range(0, len(places), ROWS):
-        found = [draw(draws, query.role, query.ids, *place, shape) for place in places[start : start + ROWS]]
+    for start in range(0, len(places), rows):
+        found = [draw(draws, query.role, query.ids, *place, shape) for place in places[start : start + rows]]
         timesteps, noise = (torch.cat(parts) for parts in zip(*found, strict=True))
         yield timesteps.to(device), noise.to(query.latents)
 
