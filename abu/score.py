@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from abu.candidates import CandidateConfig
-from abu.cluster import add_cluster_flags, cluster_from, run_stages
+from abu.cluster import add_cluster_flags, cluster_from, run_stages, workers_here
 from abu.collect_exact import print_status, warn_of_still_weights
 from abu.plan import Collection
 from abu.score_collection import COMMAND, ScoreCollector, ScoreInputs, ScoreJob, input_hashes, merged
@@ -100,14 +100,14 @@ def main(argv: list[str] | None = None) -> None:
     settings, hashes = inputs.manifest(job), input_hashes(job)
     if manifest_path(job.folder).is_file():
         collection.claim(settings, hashes, COMMAND)
-    workers = cluster.workers if cluster else 1
+    workers, here = cluster.workers if cluster else 1, workers_here(cluster)
     if args.dry_run:
-        print(dry_run(ScoreCollector(job), workers, cluster.threads if cluster else None))
+        print(dry_run(ScoreCollector(job), workers, cluster.threads if cluster else None, here=here))
         return
     if any(collection.missing(pieces) for pieces in plan.stages().values()):
         # The driver of a cluster only checks what it is given: the accelerator is its workers'.
         collector = ScoreCollector(job, torch.device("cpu") if cluster else None)
-        require_room(collector, workers)
+        require_room(collector, workers, here=here)
         collection.claim(settings, hashes, COMMAND)
         build = partial(ScoreCollector, job) if cluster else lambda: collector
         run_stages(build, collection, plan.stages(), cluster)

@@ -33,8 +33,11 @@ class Costs(NamedTuple):
     """Of a training picture with one query."""
 
 
-def require_room(collector: ScoreCollector, workers: int) -> tuple[int, int]:
-    """(bytes of memory, bytes on disk) that the missing pieces will need; `ValueError` if this machine has less."""
+def require_room(collector: ScoreCollector, workers: int, *, here: int | None = None) -> tuple[int, int]:
+    """(bytes of memory, bytes on disk) that the missing pieces will need.
+
+    `ValueError` if this machine has less than the workers need that run `here` (default: all).
+    """
     plan, cut, settings = collector.plan, collector.job.cut, collector.settings
     training, exact = collector.inputs.training, collector.exact
     latents, text = (int(np.prod(array.shape[-3:])) for array in (training.latents, training.text[:, 0]))
@@ -43,28 +46,31 @@ def require_room(collector: ScoreCollector, workers: int) -> tuple[int, int]:
     of_picture = 2 * losses * latents if exact else latents + text
     of_query = change_bytes(collector.source.denoiser)
     tile = (1 + exact) * min(cut.tile, plan.queries) * of_query
-    memory = workers * (_peak() + 4 * cut.shard * of_picture + tile)
+    memory = _peak() + 4 * cut.shard * of_picture + tile
     steps, scores = left(collector)
     pairs = plan.lists.size
     disk = int(steps * plan.queries * of_query + scores * pairs * 4) + pairs * (4 if plan.shared else 12)
     require_disk(collector.collection.folder, disk)
-    require_memory(memory, f"--tile {cut.tile} --shard {cut.shard}, {workers} workers")
-    return memory, disk
+    here = workers if here is None else here
+    require_memory(here * memory, f"--tile {cut.tile} --shard {cut.shard}, {here} workers")
+    return workers * memory, disk
 
 
-def dry_run(collector: ScoreCollector, workers: int, threads: int | None = None) -> Estimate:
+def dry_run(
+    collector: ScoreCollector, workers: int, threads: int | None = None, *, here: int | None = None
+) -> Estimate:
     """From one batch of each kind of work, with the threads that one of `workers` gets; stores nothing.
 
     Raises `ValueError` if disk or memory will not do, before and after it.
     """
-    require_room(collector, workers)
+    require_room(collector, workers, here=here)
     before = torch.get_num_threads()
     torch.set_num_threads(threads or max(1, before // workers))
     try:
         costs = trial(collector)
     finally:
         torch.set_num_threads(before)
-    memory, disk = require_room(collector, workers)
+    memory, disk = require_room(collector, workers, here=here)
     (steps, scores), plan, pieces = left(collector), collector.plan, collector.plan.influence()
     draws = collector.query_draws.bins * collector.query_draws.draws
     pictures = sum(piece.stop - piece.start for piece in pieces)
