@@ -1,6 +1,6 @@
 """Scores new queries with the stored training gradients, at the cost of their own gradients.
 
-    python -m abu.query build                                               # once: the store; minutes on two cores
+    python -m abu.query build                                               # once: the store; a minute on two cores
     python -m abu.query score --image cat.png --prompt "cat face, noto style"
     python -m abu.query score --split val                                   # a split of the testbed's queries
     python -m abu.query score --latents new.npy --prompts new.txt           # [Q, c, h, w], and a prompt a line
@@ -111,7 +111,7 @@ def run_score(args: argparse.Namespace) -> None:
     source.denoiser.to(memory_format=torch.channels_last)
     examples = examples_from(args, testbed, source, device)
     draws = DrawConfig(CollectConfig.bins, args.draws, timesteps=len(source.schedule), seed=CollectConfig.seed)
-    each = 4 * (draws.bins + 1) * store.config.size
+    each = 4 * (draws.bins + 1) * store.config.of(testbed.load_curvature(device)).size
     parts = [
         store.score(query_matrix(source, store, examples.rows(rows.start, rows.stop), draws, device), device)
         for rows in tiles(len(examples.ids), each, args.memory_gb * 2**30)
@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
     build = stages.add_parser(
         "build",
         help="compress the stored training gradients for new queries",
-        epilog="example: python -m abu.query build --size 24576",
+        epilog="example: python -m abu.query build --compression truncate --size 24576 --bits 8",
     )
     add_testbed_flags(build)
     add_flags(build, StoreConfig)

@@ -1,12 +1,14 @@
-"""The training set's gradients, whitened and compressed, on disk: what new queries are multiplied with.
+"""The training set's gradients on disk: what new queries are multiplied with.
 
-Made once from the stored passes (all of them and both runs pooled), as a shard for each of their pieces: `vectors`
+Made once from the stored passes (all of them and both runs pooled), as a shard for each of their pieces. Without
+compression: `gradients` and `scales` of `abu.gradients.pack`, which are whitened as they are read. With it: `vectors`
 [bins, B, size] float16 or int8, each divided by the norm of the whole whitened gradient, and `norms` [bins, B] of
-those. Both are plain .npy files, which are mapped: a query reads them once and needs no more memory than a shard.
+those. All are plain .npy files, which are mapped: a query reads them once and needs no more memory than a shard.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,23 +23,27 @@ from abu.collect_config import CollectConfig, ScoreConfig
 from abu.compress import Quantised, Truncation
 from abu.curvature import CHUNK, DiagonalFisher
 from abu.gradients import MADE_BY as COLLECTED_BY
-from abu.gradients import load_gradients
+from abu.gradients import load_gradients, pack, unpack
 from abu.plan import Collection, Piece
 from abu.stages import folder_of, gradient_inputs, require_own_gradients, training_plan, whole_passes
 from abu.testbed import Testbed
 from fastgda.core import load_npy, read_manifest, relative, save_npy, sha256_file
 
 MADE_BY = "python -m abu.query build"
+FEW = 32
+"""Images whose whole whitened gradients are in memory at once: 11 MB for each on the testbed."""
 
 
 @dataclass(frozen=True)
 class StoreConfig:
     """What is kept of each training image."""
 
-    compression: Literal["sketch", "truncate"] = "sketch"
-    """Random signs (unbiased) or the eigen-directions with the largest expected contribution."""
+    compression: Literal["none", "sketch", "truncate"] = "none"
+    """Output gradients as they are, whitened when they are read: exact, and for few tokens smaller than what else keeps
+    the ranks. Or whitened and folded with random signs, or their eigen-directions with the largest expected
+    contribution: faster to score with, at a cost in rank that `python -m benchmark.compression` measures."""
     size: int = 6_144
-    """Numbers that are kept of a gradient in each timestep bin."""
+    """Numbers that sketch and truncate keep of a gradient in each timestep bin."""
     bits: int = 16
     """16 or 8 for each of them."""
     seed: int = 0
@@ -46,12 +52,14 @@ class StoreConfig:
     def __post_init__(self) -> None:
         if self.bits not in (8, 16) or self.size < 1:
             raise ValueError(f"expected 8 or 16 bits and a positive size, found {self.bits} and {self.size}")
+        if self.compression == "none" and self.bits != 16:
+            raise ValueError(f"--bits: expected 16 without compression, found {self.bits}")
 
     def of(self, curvature: DiagonalFisher) -> Compression:
         """The compression of gradients with these factors."""
-        if self.compression == "sketch":
-            return Sketch.of(curvature, self.size, self.seed)
-        return Truncation.of(curvature, self.size)
+        if self.compression == "truncate":
+            return Truncation.of(curvature, self.size)
+        return Sketch.of(curvature, self.size if self.compression == "sketch" else None, self.seed)
 
 
 def unit_vectors(
@@ -95,12 +103,18 @@ class GradientStore:
         require_own_gradients(self.testbed, gradient_inputs(self.testbed))
         curvature = self.testbed.load_curvature(device)
         Collection(self.folder).claim({**asdict(self.config), "passes": self.passes}, self.inputs, MADE_BY)
-        missing = [piece for piece in self.plan if not self.path(piece, "norms").is_file()]
+        whole = self.config.compression == "none"
+        # what is written last says that a shard is there
+        missing = [piece for piece in self.plan if not self.path(piece, "scales" if whole else "norms").is_file()]
         if not missing:
             return
         compression, examples = self.config.of(curvature), self.testbed.training_examples(device)
         for piece in tqdm(missing, desc="store", unit="shard"):
             text = examples.text[piece.start : piece.stop]
+            if whole:
+                for kind, array in pack(self.pooled(piece, text), text).items():
+                    save_npy(self.path(piece, kind), array)
+                continue
             vectors, norms = unit_vectors(self.pooled(piece, text), text, curvature, compression)
             if self.config.bits == 8:
                 codes = Quantised.of(vectors)
@@ -134,14 +148,34 @@ class GradientStore:
             return Quantised(vectors.to(device), torch.from_numpy(scales).to(device)).vectors(), norms.to(device)
         return vectors.to(device).float(), norms.to(device)
 
+    def whitened(self, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        """What `shard` gives, of all images in their order; without compression a few of them at a time."""
+        if self.config.compression != "none":
+            for piece in self.plan:
+                yield self.shard(piece, device)
+            return
+        curvature, examples = self.testbed.load_curvature(device), self.testbed.training_examples(device)
+        compression = self.config.of(curvature)
+        for piece in self.plan:
+            text = examples.text[piece.start : piece.stop]
+            shapes = {"gradients": (CollectConfig.bins, None, None), "scales": (CollectConfig.bins, len(text))}
+            arrays = {
+                kind: load_npy(self.path(piece, kind), shape, mmap=True, made_by=MADE_BY)
+                for kind, shape in shapes.items()
+            }
+            gradients = unpack(arrays, text)
+            for some, tokens in zip(gradients.split(FEW, 1), text.split(FEW), strict=True):
+                yield unit_vectors(some, tokens, curvature, compression)
+
     def score(self, queries: QueryMatrix, device: torch.device) -> dict[str, np.ndarray]:
         """plain and normalised scores [Q, N] of queries whose matrix has this store's compression."""
         parts: dict[str, list[Tensor]] = {"plain": [], "normalised": []}
-        for piece in tqdm(self.plan, desc="scores", unit="shard", mininterval=1.0):
-            units, norms = self.shard(piece, device)
-            parts["plain"].append(queries.plain @ (units * norms[..., None]).mean(0).mT)
-            terms = torch.bmm(queries.normalised, units.mT)
-            parts["normalised"].append(torch.einsum("b,bqn->qn", terms.new_tensor(ScoreConfig.bin_weights), terms))
+        with tqdm(total=self.testbed.images, desc="scores", unit="image", mininterval=1.0) as bar:
+            for units, norms in self.whitened(device):
+                parts["plain"].append(queries.plain @ (units * norms[..., None]).mean(0).mT)
+                terms = torch.bmm(queries.normalised, units.mT)
+                parts["normalised"].append(torch.einsum("b,bqn->qn", terms.new_tensor(ScoreConfig.bin_weights), terms))
+                bar.update(norms.shape[1])
         return {name: torch.cat(found, 1).cpu().numpy() for name, found in parts.items()}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from typing import Any
 
@@ -54,7 +55,7 @@ def whole(testbed):
 
 @pytest.fixture(scope="module")
 def built(root, whole):
-    flags = ["--root", str(root), "--size", str(whole[0])]
+    flags = ["--root", str(root), "--compression", "sketch", "--size", str(whole[0])]
     assert query.main(["build", *flags]) == 0
     return flags
 
@@ -67,6 +68,26 @@ def test_a_split_gets_the_scores_that_the_collection_gives_it(root, built, whole
     np.testing.assert_allclose(found["normalised"], expected["normalised"], atol=2e-3)
     for name, array in found.items():
         assert spearman(array, from_scores(expected[name]).rank).min() > 0.99
+
+
+def test_without_compression_scores_are_exact(testbed, whole):
+    """From another store than the module's, in which output gradients lie as they are."""
+    store = GradientStore(testbed, StoreConfig(), 1)
+    store.build(CPU)
+    collector = ScoreCollector(testbed, ScoreConfig(sketch=whole[0]))
+    pieces = [collector.compute(piece) for piece in stages.score_plan(testbed, 1)]
+    expected = np.concatenate([piece["normalised"] for piece in pieces], 1)[-QUERIES["test"] :]
+    queries = torch.cat([part.mean(0) for part in collector.queries("test")], 1)
+    found = store.score(QueryMatrix.of(queries), CPU)["normalised"]
+    np.testing.assert_allclose(found, expected, atol=2e-3)
+    # resumed where it stopped
+    last = store.path(store.plan[-1], "scales")
+    kept = last.read_bytes()
+    last.unlink()
+    store.build(CPU)
+    assert last.read_bytes() == kept
+    assert sum(path.stat().st_size for path in store.folder.glob("*.npy")) < 2 * whole[0] * IMAGES
+    shutil.rmtree(store.folder)
 
 
 def test_a_picture_with_its_prompt_is_scored_and_printed(root, built, tmp_path, capsys):
@@ -99,7 +120,7 @@ def test_bad_queries_and_other_stores_are_refused(root, built, tmp_path, capsys)
     (tmp_path / "x.png").write_text("no picture")
     bad = ["score", "--image", str(tmp_path / "x.png"), "--prompt", "x"]
     assert "x.png: expected a picture" in refused(*bad)
-    assert "config.size is " in refused("build", "--size", "384")
+    assert "config.size is " in refused("build", "--compression", "sketch", "--size", "384")
     assert "expected 8 or 16 bits" in refused("build", "--bits", "4")
     weights = root / "weights/emoji_ldm/denoiser.safetensors"
     kept = weights.read_bytes()
@@ -107,13 +128,13 @@ def test_bad_queries_and_other_stores_are_refused(root, built, tmp_path, capsys)
         weights.write_bytes(kept + b" ")
         assert "expected pieces of the same settings and inputs" in refused("score", "--split", "val")
         changed = "inputs.weights/emoji_ldm/denoiser.safetensors is "
-        assert changed in refused("build", "--size", built[-1])
+        assert changed in refused("build", *built[2:])
     finally:
         weights.write_bytes(kept)
     assert "--passes: expected 1..2, as many as are collected, found 3" in refused("build", "--passes", "3")
     assert "--passes: expected 1..2, as many as are collected, found 0" in refused("build", "--passes", "0")
     with other_factors(root):
-        assert "ekfac.safetensors: expected factors of the model" in refused("build", "--size", built[-1])
+        assert "ekfac.safetensors: expected factors of the model" in refused("build", *built[2:])
 
 
 def test_without_a_store_the_command_is_named(tmp_path, capsys):
@@ -252,7 +273,9 @@ def test_measured_functions_have_a_folder_of_their_own(root, testbed, capsys):
 
 
 def test_settings_of_a_store():
-    assert StoreConfig().size == 6144
+    assert StoreConfig().compression == "none"
+    with pytest.raises(ValueError, match="expected 16 without compression, found 8"):
+        StoreConfig(bits=8)
     with pytest.raises(ValueError, match="expected 8 or 16 bits"):
         StoreConfig(size=0)
 
