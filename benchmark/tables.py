@@ -19,9 +19,9 @@ BLOCK = re.compile(r"(<!-- results -->\n).*?(<!-- /results -->)", re.DOTALL)
 Report = dict[str, Any]
 
 
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table; the first column is text, the others numbers."""
-    lines = [header, ["---", *["--:"] * (len(header) - 1)], *rows]
+def markdown(header: list[str], rows: list[list[str]], left: int = 1) -> str:
+    """A Markdown table; the first `left` columns are text, the others numbers."""
+    lines = [header, [*["---"] * left, *["--:"] * (len(header) - left)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -114,6 +114,41 @@ def scale_table(scale: Report) -> str:
     return markdown(["", "an image and a query", "all of them"], rows)
 
 
+def peers_table(factors: Report, sweep: Report, metric: Report) -> str:
+    """What is ours beside others' code or a plain loop: how many times as fast, and how far the results are apart."""
+    fitted, (precise, *_) = factors["sizes"]["emoji"], metric["rows"]
+    rows = [
+        [
+            f"EK-FAC factors from {fitted['images']:,} images",
+            "Kronfluence",
+            f"{fitted['ratio']:.1f}×",
+            f"{max(fitted['largest_relative_difference'].values()):.0e} relative",
+        ],
+        [
+            f"exact influence of {sweep['config']['queries']} queries",
+            "a loop over the queries",
+            f"{sweep['ratio']['shared']:.1f}×",
+            "none" if not sweep["largest_difference"] else f"{sweep['largest_difference']:.0e}",
+        ],
+        [
+            f"mAP(L) of {metric['config']['queries']} queries × {metric['config']['images']:,} images",
+            "scikit-learn",
+            f"{precise['times_as_fast']:.0f}×",
+            f"{precise['largest_difference']:.0e}",
+        ],
+    ]
+    return markdown(["", "against", "times as fast", "largest difference"], rows, left=2)
+
+
+def forecast_table(report: Report) -> str:
+    """How far predictions of time, memory and disk were from what was measured."""
+    rows = []
+    for row in report["rows"]:
+        errors = [row[name]["relative_error"] for name in ("seconds", "memory", "disk")]
+        rows.append([row["job"].replace("-", " "), *(f"{100 * error:+.0f} %" for error in errors)])
+    return markdown(["collection", "time", "memory", "disk"], rows)
+
+
 def duration(seconds: float) -> str:
     """Seconds, minutes, hours or days."""
     for size, unit in ((86_400, "days"), (3_600, "h"), (60, "min")):
@@ -167,6 +202,18 @@ def results_block(results: Path) -> str:
             "dozen images on the released model's shapes, first order (`--architecture coco`; its JSON lists the "
             "assumptions). Both need the queries' gradients:",
             scale_table(scale),
+        ]
+    peers = [f"{name}.json" for name in ("teacher/factors", "speed/exact_sweep", "speed/metric")]
+    if all((results / name).is_file() for name in peers):
+        parts += [
+            "Beside others' code and a plain loop (`python -m benchmark.factors`, `benchmark.exact_sweep`, "
+            "`benchmark.metric_speed`):",
+            peers_table(*map(read, peers)),
+        ]
+    if (results / "speed/forecast.json").is_file():
+        parts += [
+            "What `--dry_run` predicts, against what the collection then took (`python -m benchmark.forecast`):",
+            forecast_table(read("speed/forecast.json")),
         ]
     return "\n\n".join(parts)
 

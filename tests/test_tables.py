@@ -72,3 +72,21 @@ def test_times_are_those_of_all_images_in_a_unit_that_reads_well():
         "| amortised | 500 ms | 0.5 days |",
         "| gradients of the queries, 50,000 draws each |  | 3.2 days |",
     ]
+
+
+def test_peers_and_forecasts():
+    fitted = {"images": 1024, "ratio": 3.43, "largest_relative_difference": {"eigenvalues": 3e-6, "other": 7e-6}}
+    sweep = {"config": {"queries": 8}, "ratio": {"shared": 1.84}, "largest_difference": 0.0}
+    metric = {
+        "config": {"queries": 110, "images": 118_287},
+        "rows": [{"times_as_fast": 95.7, "largest_difference": 2e-16}],
+    }
+    assert tables.peers_table({"sizes": {"emoji": fitted}}, sweep, metric).splitlines()[1:] == [
+        "| --- | --- | --: | --: |",
+        "| EK-FAC factors from 1,024 images | Kronfluence | 3.4× | 7e-06 relative |",
+        "| exact influence of 8 queries | a loop over the queries | 1.8× | none |",
+        "| mAP(L) of 110 queries × 118,287 images | scikit-learn | 96× | 2e-16 |",
+    ]
+    row = {name: {"relative_error": error} for name, error in (("seconds", 0.191), ("memory", -0.05), ("disk", 0.0))}
+    report = {"rows": [{"job": "training-2-workers"} | row]}
+    assert tables.forecast_table(report).splitlines()[2] == "| training 2 workers | +19 % | -5 % | +0 % |"
