@@ -80,12 +80,15 @@ def test_half_precision_keeps_the_embedding(tmp_path, rng):
 
 @pytest.mark.parametrize("scale", [-7.0, 7.0])
 def test_higher_dot_product_is_more_influential_for_either_sign(rng, scale):
+    torch.manual_seed(0)
     ranker = Ranker(CONFIG, init_scale=scale)
     images, queries = (rng.standard_normal((count, 10)).astype(np.float32) for count in (30, 4))
     cosine = ranker.embed(queries) @ ranker.embed(images).T
     modelled_rank = torch.sigmoid(ranker.logits(cosine)).detach()
     influence = ranker.embed_queries(queries) @ ranker.embed(images).T
-    assert torch.equal(influence.argsort(dim=1, descending=True), modelled_rank.argsort(dim=1))
+    # cosines a rounding apart may be one rank, so that equal permutations would be too much to ask
+    rising = modelled_rank.gather(1, influence.argsort(dim=1, descending=True)).diff(dim=1)
+    assert rising.min() > -1e-6 and rising.sum(1).min() > 1e-3
     torch.testing.assert_close(ranker.embed(images).norm(dim=1), torch.ones(30))
 
 
