@@ -88,7 +88,7 @@ def test_higher_dot_product_is_more_influential_for_either_sign(rng, scale):
     influence = ranker.embed_queries(queries) @ ranker.embed(images).T
     # cosines a rounding apart may be one rank, so that equal permutations would be too much to ask
     rising = modelled_rank.gather(1, influence.argsort(dim=1, descending=True)).diff(dim=1)
-    assert rising.min() > -1e-6 and rising.sum(1).min() > 1e-3
+    assert rising.min() > -1e-6 and rising.sum(1).min() > 1e-4
     torch.testing.assert_close(ranker.embed(images).norm(dim=1), torch.ones(30))
 
 
