@@ -17,8 +17,9 @@ as it goes (`abu.second_order`): the teacher of the testbed. `training` keeps th
 and `scores` multiplies them with any queries: the first order alone, for steps that are infinitely small.
 
 Each piece is written whole under data/emoji/cache/teacher; what exists is not computed again, and pieces of different
-settings, models or queries are never mixed. Passes differ in their noise only: more of them make the teacher more
-reliable. They keep gradients and not scores, so that new queries, or another curvature, cost no new pass.
+settings, models or queries are never mixed. Their numbers do not depend on order, workers or kills, but for float32's
+rounding where a worker has another number of threads. Passes differ in their noise only: more of them make the teacher
+more reliable. They keep gradients and not scores, so that new queries, or another curvature, cost no new pass.
 """
 
 from __future__ import annotations
