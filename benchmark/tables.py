@@ -145,7 +145,7 @@ def forecast_table(report: Report) -> str:
     rows = []
     for row in report["rows"]:
         errors = [row[name]["relative_error"] for name in ("seconds", "memory", "disk")]
-        rows.append([row["job"].replace("-", " "), *(f"{100 * error:+.0f} %" for error in errors)])
+        rows.append([row["job"].replace("-", " "), *(f"{round(100 * error):+d} %" for error in errors)])
     return markdown(["collection", "time", "memory", "disk"], rows)
 
 
