@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -109,3 +110,12 @@ def _measure(worker: Worker, piece: Piece) -> Cost:
 
 def _compute(worker: Worker, piece: Piece, count: int) -> dict[str, np.ndarray]:
     return worker.compute(replace(piece, stop=piece.start + count))
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """Wall time of one call, what it started on an accelerator included."""
+    began = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import resource
-import time
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import torch
 
 from abu.amortised import Examples
-from abu.estimate import Estimate
+from abu.estimate import Estimate, seconds_of
 from abu.exact_collection import ExactCollector, change_bytes, disk_bytes
 from abu.influence import ExactInfluence
+from abu.peak import peak_bytes
 from abu.room import require_disk, require_memory
 from abu.unlearn import query_gradient
 
@@ -32,7 +30,7 @@ def require_room(collector: ExactCollector, workers: int, *, here: int | None = 
     plan, config, folder = collector.plan, collector.config, collector.collection.folder
     inputs = 2 * config.draws.per_image * config.plan.shard * int(np.prod(collector.exact.images.shape)) * 4
     tile = 2 * min(config.plan.tile, plan.queries) * change_bytes(collector.exact.model)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + inputs + tile
+    memory = peak_bytes() + inputs + tile
     stored = sum(path.stat().st_size for path in folder.glob("*.npz"))
     disk = max(0, disk_bytes(plan, config, collector.exact.model) - stored)
     require_disk(folder, disk)
@@ -71,11 +69,11 @@ def trial(exact: ExactInfluence, query: Examples, ids: np.ndarray) -> tuple[floa
     """Seconds of one step's gradient, of an image at θ0, and of an image at one of several moved models."""
     sweep, draws = exact.sweep, exact.unlearning.draws(len(exact.schedule))
     few = replace(draws, draws=min(TRIAL_DRAWS, draws.draws))
-    gradient = _seconds(lambda: query_gradient(exact.model, exact.schedule, exact.curvature, query, few))
+    gradient = seconds_of(lambda: query_gradient(exact.model, exact.schedule, exact.curvature, query, few))
     some = ids[: max(1, sweep.groups // sweep.draws.captions)].tolist()
     sweep.losses(some[:1], [None])
-    once = _seconds(lambda: sweep.losses(some, [None]))
-    several = _seconds(lambda: sweep.losses(some, [None] * (1 + TRIAL_QUERIES)))
+    once = seconds_of(lambda: sweep.losses(some, [None]))
+    several = seconds_of(lambda: sweep.losses(some, [None] * (1 + TRIAL_QUERIES)))
     return gradient * draws.draws / few.draws, once / len(some), (several - once) / len(some) / TRIAL_QUERIES
 
 
@@ -83,11 +81,5 @@ def attribution_estimate(exact: ExactInfluence, query: Examples, ids: np.ndarray
     """Time and memory of one query's influence on `ids`."""
     gradient, once, further = trial(exact, query, ids)
     seconds = exact.unlearning.steps * gradient + len(ids) * (once + further)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    memory = peak_bytes()
     return f"{len(ids)} images, {seconds / 60:.1f} min, {memory / 2**30:.1f} GiB of memory"
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began

@@ -36,7 +36,7 @@ from abu.plan import Collection
 from abu.score_collection import COMMAND, ScoreCollector, ScoreInputs, ScoreJob, input_hashes, merged
 from abu.score_config import CutConfig, ScoreConfig
 from abu.score_estimate import dry_run, require_room
-from fastgda.core import command_line, manifest_path, save_npz, write_manifest
+from fastgda.core import command_line, save_npz, write_manifest
 from fastgda.flags import add_flags, from_flags
 
 
@@ -98,8 +98,7 @@ def main(argv: list[str] | None = None) -> None:
         print_status(collection, plan)
         return
     settings, hashes = inputs.manifest(job), input_hashes(job)
-    if manifest_path(job.folder).is_file():
-        collection.claim(settings, hashes, COMMAND)
+    collection.check(settings, hashes)
     workers, here = cluster.workers if cluster else 1, workers_here(cluster)
     if args.dry_run:
         print(dry_run(ScoreCollector(job), workers, cluster.threads if cluster else None, here=here))

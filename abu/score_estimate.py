@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
@@ -11,8 +9,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from abu.estimate import Estimate
+from abu.estimate import Estimate, seconds_of
 from abu.exact_collection import change_bytes
+from abu.peak import peak_bytes
 from abu.room import require_disk, require_memory
 from abu.score_collection import ScoreCollector
 
@@ -46,7 +45,7 @@ def require_room(collector: ScoreCollector, workers: int, *, here: int | None = 
     of_picture = 2 * losses * latents if exact else latents + text
     of_query = change_bytes(collector.source.denoiser)
     tile = (1 + exact) * min(cut.tile, plan.queries) * of_query
-    memory = _peak() + 4 * cut.shard * of_picture + tile
+    memory = peak_bytes() + 4 * cut.shard * of_picture + tile
     steps, scores = left(collector)
     pairs = plan.lists.size
     disk = int(steps * plan.queries * of_query + scores * pairs * 4) + pairs * (4 if plan.shared else 12)
@@ -100,9 +99,9 @@ def trial(collector: ScoreCollector) -> Costs:
     batch, row = collector.job.cut.batch, collector.inputs.query[0]
     few = replace(collector.query_draws, bins=1, draws=batch)
     collector.gradient(row, replace(few, draws=1))
-    draw = _seconds(lambda: collector.gradient(row, few)) / batch
+    draw = seconds_of(lambda: collector.gradient(row, few)) / batch
     gradient = collector.gradient(row, replace(few, draws=1))
-    step = _seconds(lambda: collector.step(gradient))
+    step = seconds_of(lambda: collector.step(gradient))
     steps = collector.step(gradient)
     ids = collector.plan.tile_images(0)[:batch]
 
@@ -111,19 +110,7 @@ def trial(collector: ScoreCollector) -> Costs:
         return lambda: collector.pair_scores(ids, changes, np.ones((queries, len(ids)), bool))
 
     score(ids[:1], 1)()
-    one = _seconds(score(ids, 1)) / len(ids)
-    several = _seconds(score(ids, 1 + TRIAL_QUERIES)) / len(ids)
+    one = seconds_of(score(ids, 1)) / len(ids)
+    several = seconds_of(score(ids, 1 + TRIAL_QUERIES)) / len(ids)
     pair = max(0.0, several - one) / TRIAL_QUERIES
     return Costs(draw, step, max(0.0, one - pair), pair)
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+from abu.stages import hashes
 from abu.testbed import add_testbed_flags, testbed_from
 from benchmark.figures import plt, save_figure
 from benchmark.growth import growth
@@ -43,9 +44,7 @@ from fastgda.core import (
     command_line,
     environment,
     load_npz,
-    require_file,
     save_json,
-    sha256_file,
 )
 from fastgda.flags import add_flags, from_flags
 from fastgda.metrics import spearman
@@ -209,8 +208,7 @@ def model_hashes(config: SpeedConfig, args: argparse.Namespace) -> dict[str, str
     if config.architecture == "coco":
         return {}
     testbed = testbed_from(args)
-    files = (testbed.source / "denoiser.safetensors", testbed.curvature)
-    return {path.name: sha256_file(require_file(path)) for path in files}
+    return hashes(testbed, [testbed.source / "denoiser.safetensors", testbed.curvature])
 
 
 def folder_name(settings: dict[str, Any]) -> str:

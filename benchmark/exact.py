@@ -31,6 +31,7 @@ from abu.keyvalue import OutputGradients
 from abu.loss_draws import LossDraws
 from abu.plan import Collection
 from abu.second_order import loss_change_at
+from abu.stages import hashes
 from abu.sweep import SweepConfig
 from abu.testbed import Testbed, add_testbed_flags, testbed_from
 from abu.unlearn import UnlearnConfig, moved_model, natural_step, query_gradient
@@ -40,10 +41,8 @@ from fastgda.core import (
     command_line,
     environment,
     load_npz,
-    require_file,
     save_json,
     save_npz,
-    sha256_file,
 )
 from fastgda.dataset import default_levels
 from fastgda.metrics import overlap, spearman, standard_error
@@ -223,8 +222,7 @@ def main(argv: list[str] | None = None) -> None:
     collection = Collection(testbed.data / "cache" / f"exact_{config.queries}_{'_'.join(map(str, config.steps))}")
     files = [testbed.source / "denoiser.safetensors", testbed.curvature, testbed.data / "query_test/latents.npy"]
     files += [testbed.data / "trainset" / name for name in ("latents.npy", "text_embeddings.npy")]
-    inputs = {path.relative_to(testbed.root).as_posix(): sha256_file(require_file(path)) for path in files}
-    collection.claim(config, inputs, "python -m benchmark.exact")
+    collection.claim(config, hashes(testbed, files), "python -m benchmark.exact")
     collect(exact, testbed, collection.folder, config)
     rows = summarise(collection.folder, config)
     results = testbed.root / "results/teacher"
