@@ -154,18 +154,19 @@ def to_images(model: SourceModel, latents: Tensor) -> list[Image.Image]:
 
 def sample_queries(
     model: SourceModel, encoder: MiniLM, queries: list[Query], config: SampleConfig, batch_size: int = 64
-) -> tuple[Tensor, list[Image.Image]]:
-    """(latents [Q, c, h, w] on the CPU, images) of `queries`, in order."""
-    latents, images = [], []
+) -> tuple[Tensor, Tensor, list[Image.Image]]:
+    """(latents [Q, c, h, w], token states [Q, T, d], both on the CPU, images) of `queries`, in order."""
+    latents, texts, images = [], [], []
     bar = tqdm(total=len(queries), desc="sample", unit="image")
     for start in range(0, len(queries), batch_size):
         batch = queries[start : start + batch_size]
         text = encoder.token_states([query.prompt for query in batch])
         latents.append(sample_latents(model, text, [query.seed for query in batch], config).cpu())
+        texts.append(text.cpu())
         images += to_images(model, latents[-1])
         bar.update(len(batch))
     bar.close()
-    return torch.cat(latents), images
+    return torch.cat(latents), torch.cat(texts), images
 
 
 def png_bytes(image: Image.Image) -> bytes:
@@ -175,8 +176,10 @@ def png_bytes(image: Image.Image) -> bytes:
     return out.getvalue()
 
 
-def write_queries(folder: Path, queries: list[Query], latents: Tensor, images: list[Image.Image]) -> tuple[Path, Path]:
-    """Writes `queries.parquet` and `latents.npy`."""
+def write_queries(
+    folder: Path, queries: list[Query], latents: Tensor, text: Tensor, images: list[Image.Image]
+) -> tuple[Path, Path]:
+    """Writes `queries.parquet` and `latents.npy`, and beside them token states [Q, 1, T, d] that can be had again."""
     rows = [
         {
             "id": index,
@@ -192,6 +195,7 @@ def write_queries(folder: Path, queries: list[Query], latents: Tensor, images: l
     with atomic_path(parquet) as temporary:
         pq.write_table(pa.Table.from_pylist(rows, QUERY_SCHEMA), temporary)
     save_npy(array, latents.numpy())
+    save_npy(folder / "text_embeddings.npy", text[:, None].numpy())
     return parquet, array
 
 
@@ -206,7 +210,7 @@ def sample_grid(model: SourceModel, encoder: MiniLM, config: SampleConfig, conce
     """Concepts down, sets across."""
     styles = read_lock()
     queries = [Query(concept, e.set, e.style, seed) for seed, concept in enumerate(concepts) for e in styles]
-    images = sample_queries(model, encoder, queries, config)[1]
+    *_, images = sample_queries(model, encoder, queries, config)
     side = images[0].width
     sheet = Image.new("RGB", (len(styles) * (side + 2), len(concepts) * (side + 2)), "white")
     for index, image in enumerate(images):
@@ -242,8 +246,8 @@ def main(argv: list[str] | None = None) -> None:
         if manifest_difference(folder, config, inputs) is None:
             print(f"{folder}: up to date")
             continue
-        latents, images = sample_queries(model, encoder, queries[split], config)
-        files = write_queries(folder, queries[split], latents, images)
+        latents, text, images = sample_queries(model, encoder, queries[split], config)
+        files = write_queries(folder, queries[split], latents, text, images)
         write_manifest(folder, config, command=f"python -m abu.sample --mode {args.mode}", inputs=inputs, files=files)
         print(f"{folder}: {len(images)} queries")
 

@@ -123,10 +123,17 @@ class Testbed:
         return pq.read_table(path, columns=["seed"])["seed"].to_pylist()
 
     def query_examples(self, split: str, device: torch.device) -> Examples:
-        """The generated images of one split: stored latents, token states of their prompts."""
+        """The generated images of one split: stored latents, token states of their prompts (encoded where the folder
+        has none).
+        """
         folder, captions = self.data / f"query_{split}", self.query_captions(split)
         latents = load_npy(folder / "latents.npy", (len(captions), None, None, None), finite=True)
-        text = MiniLM(device=device).token_states(captions)
+        stored = folder / "text_embeddings.npy"
+        if stored.is_file():
+            states = load_npy(stored, (len(captions), 1, None, self.diffusion.text_width), finite=True)
+            text = torch.from_numpy(states)[:, 0].to(device)
+        else:
+            text = MiniLM(device=device).token_states(captions)
         return Examples(split, list(range(len(captions))), torch.from_numpy(latents).to(device).float(), text)
 
 

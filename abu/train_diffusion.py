@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -24,20 +24,59 @@ from fastgda.core import best_device, command_line, manifest_difference, require
 CAPTION_DROPOUT = 0.1
 
 
-def diffusion_loss(latents: Tensor, text: Tensor, schedule: NoiseSchedule, device: torch.device) -> StepLoss:
-    """The loss of a step, for `latents` [N, c, h, w], token states `text` [N, T, d] and the noise schedule."""
-    steps = len(schedule)
+@dataclass(frozen=True)
+class StepDraws:
+    """What is random in a training step."""
+
+    timesteps: Tensor
+    """[B], integers."""
+    noise: Tensor
+    """[B, c, h, w]."""
+    captioned: Tensor
+    """[B], whether an example keeps its caption."""
+
+
+def step_draws(shape: tuple[int, ...], timesteps: int, generator: torch.Generator) -> StepDraws:
+    """The draws of a step for latents of `shape` [B, c, h, w], on the CPU."""
+    # Stratified over the batch: an unbiased draw of t with less variance than independent ones.
+    offsets = (torch.arange(shape[0]) + torch.rand(shape[0], generator=generator)) / shape[0]
+    return StepDraws(
+        (offsets * timesteps).long().clamp(max=timesteps - 1),
+        torch.randn(shape, generator=generator),
+        torch.rand(shape[0], generator=generator) >= CAPTION_DROPOUT,
+    )
+
+
+def step_loss(model: nn.Module, schedule: NoiseSchedule, latents: Tensor, text: Tensor, draws: StepDraws) -> Tensor:
+    """Mean loss of the `latents` [B, c, h, w] with token states `text` [B, T, d], all on the device of the draws."""
+    tokens = text.float() * draws.captioned.view(-1, 1, 1)
+    noisy, target = schedule.noised(latents, draws.noise, draws.timesteps)
+    return example_losses(model, noisy, target, draws.timesteps, tokens).mean()
+
+
+def refilled(rows: Tensor, kept: Tensor, images: int, generator: torch.Generator) -> Tensor:
+    """`rows` [B] of a training set of `images`, with random ones of the ids `kept` in the places of all others."""
+    seen = torch.zeros(images, dtype=torch.bool)
+    seen[kept] = True
+    others = kept[torch.randint(len(kept), rows.shape, generator=generator)]
+    return torch.where(seen[rows], rows, others)
+
+
+def diffusion_loss(
+    latents: Tensor, text: Tensor, schedule: NoiseSchedule, device: torch.device, kept: Tensor | None = None
+) -> StepLoss:
+    """The loss of a step, for `latents` [N, c, h, w], token states `text` [N, T, d] and the noise schedule.
+
+    With ids `kept`, the model sees these images only. Whatever is removed, all else in a step stays the same, so that
+    two models of one seed differ by what they saw and not by their order and noise.
+    """
 
     def loss(model: nn.Module, rows: Tensor, generator: torch.Generator) -> Tensor:
-        x = latents[rows].to(device)
-        # Stratified over the batch: an unbiased draw of t with less variance than independent ones.
-        offsets = (torch.arange(len(rows)) + torch.rand(len(rows), generator=generator)) / len(rows)
-        t = (offsets * steps).long().clamp(max=steps - 1).to(device)
-        noise = torch.randn(x.shape, generator=generator).to(device)
-        keep = (torch.rand(len(rows), generator=generator) >= CAPTION_DROPOUT).view(-1, 1, 1)
-        tokens = (text[rows].float() * keep).to(device)
-        noisy, target = schedule.noised(x, noise, t)
-        return example_losses(model, noisy, target, t, tokens).mean()
+        draws = step_draws((len(rows), *latents.shape[1:]), len(schedule), generator)
+        if kept is not None:
+            rows = refilled(rows, kept, len(latents), generator)
+        placed = StepDraws(draws.timesteps.to(device), draws.noise.to(device), draws.captioned.to(device))
+        return step_loss(model, schedule, latents[rows].to(device), text[rows].to(device), placed)
 
     return loss
 

@@ -24,14 +24,8 @@ import numpy as np
 
 from abu.testbed import Testbed, testbed_from
 from benchmark.lds import correlate
-from benchmark.retrain import (
-    RetrainConfig,
-    add_judge_flags,
-    collection_of,
-    load_losses,
-    references,
-    without_creators,
-)
+from benchmark.retrain import add_judge_flags, collection_of, load_losses, references, without_creators
+from benchmark.retrainer import RetrainConfig
 from benchmark.scores import load_scores
 from fastgda.core import ROOT, command_line, environment, save_json
 from fastgda.metrics import bootstrap_interval

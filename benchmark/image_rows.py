@@ -21,7 +21,8 @@ from abu.models import Autoencoder
 from abu.plan import Collection
 from abu.testbed import testbed_from
 from benchmark.removal import levels_of, removed_by
-from benchmark.retrain import RetrainConfig, Retraining, add_judge_flags, collection_of, references
+from benchmark.retrain import add_judge_flags, collection_of, references
+from benchmark.retrainer import RetrainConfig, Retraining
 from benchmark.scores import load_scores
 from fastgda.core import ROOT, atomic_path, best_device, command_line, load_npz
 from fastgda.rankings import top

@@ -22,7 +22,8 @@ from scipy.stats import rankdata
 
 from abu.plan import Collection
 from abu.testbed import Testbed, testbed_from
-from benchmark.retrain import RetrainConfig, add_judge_flags, again, collection_of, load_losses, random_halves
+from benchmark.retrain import add_judge_flags, again, collection_of, load_losses, random_halves
+from benchmark.retrainer import RetrainConfig
 from benchmark.scores import load_scores
 from fastgda.core import ROOT, command_line, environment, save_json
 from fastgda.metrics import bootstrap_interval, standard_error

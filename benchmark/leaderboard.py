@@ -16,13 +16,11 @@ import argparse
 import json
 import sys
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from abu.cluster import add_cluster_flags, cluster_from, run_plan
 from abu.plan import Collection
 from abu.testbed import Testbed, testbed_from
 from benchmark.lds import Judge, lds_line
@@ -37,7 +35,8 @@ from benchmark.removal import (
     removed_by,
     summarise,
 )
-from benchmark.retrain import RetrainConfig, Retrainer, Retraining, add_judge_flags, collection_of
+from benchmark.retrain import add_judge_flags, add_training_flags, collection_of, train_models
+from benchmark.retrainer import RetrainConfig, Retraining
 from benchmark.scores import load_scores
 from fastgda.core import ROOT, command_line, environment, load_npz, save_json, sha256_file
 from fastgda.dataset import default_levels, layout
@@ -124,8 +123,7 @@ def judge_file(path: Path, testbed: Testbed, args: argparse.Namespace) -> dict[s
     row: dict[str, Any] = {"method": path.stem, "scores": sha256_file(path), "mode": testbed.name}
     row |= judge(scores) | {"ceiling": judge.ceiling(), "retrieval": retrieval(testbed, scores)}
     if args.retrain:
-        build = partial(Retrainer, testbed, RetrainConfig())
-        run_plan(build, collection, models_of(plan, config), cluster_from(args), "model")
+        train_models(testbed, collection, models_of(plan, config), args)
         rows = summarise(plan, Effects(testbed, collection, config))
         removals = [found | {"shared": 1.0} for found in rows if found["method"] == path.stem]
     else:
@@ -157,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--retrain", action="store_true", help="train what leave-K-out wants, not the nearest stored")
     add_removal_flags(parser)
     parser.add_argument("--board", type=Path, default=ROOT / BOARD, help="folder of the results")
-    add_cluster_flags(parser)
+    add_training_flags(parser)
     args = parser.parse_args(argv)
     testbed = testbed_from(args)
     for path in args.scores:

@@ -29,7 +29,8 @@ from abu.testbed import SPLITS, Testbed, testbed_from
 from benchmark.finite_step import load_changes, whole_step_passes
 from benchmark.gradient_methods import METHODS, collect_method, foresee_method, method_scores, select_ridge
 from benchmark.lds import Judge
-from benchmark.retrain import JUDGED, add_judge_flags
+from benchmark.retrain import add_judge_flags
+from benchmark.retrainer import JUDGED
 from benchmark.scores import save_scores
 from benchmark.teacher import NEIGHBOUR_FTYPE, NEIGHBOURS, TEACHERS, load_scores
 from fastgda.core import command_line, load_npy, sha256_file

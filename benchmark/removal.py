@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +25,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from abu.cluster import add_cluster_flags, cluster_from, run_plan
 from abu.models import Autoencoder
 from abu.plan import Collection
 from abu.testbed import Testbed, testbed_from
-from benchmark.retrain import (
-    RetrainConfig,
-    Retrainer,
-    Retraining,
-    add_judge_flags,
-    collection_of,
-    models_done,
-    references,
-)
+from benchmark.retrain import add_judge_flags, add_training_flags, collection_of, models_done, references, train_models
+from benchmark.retrainer import RetrainConfig, Retraining
 from benchmark.scores import load_scores
 from fastgda.core import ROOT, best_device, command_line, environment, load_npz, save_json
 from fastgda.metrics import bootstrap_interval, standard_error
@@ -197,7 +188,7 @@ def parser() -> argparse.ArgumentParser:
     add_judge_flags(made)
     add_removal_flags(made)
     made.add_argument("--output", type=Path, default=ROOT / "results/removal/removal.json")
-    add_cluster_flags(made)
+    add_training_flags(made)
     made.add_argument("--dry_run", action="store_true", help="count the models that are missing; train none")
     return made
 
@@ -231,8 +222,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.what == "run":
         jobs = models_of(plan, config)
         if not args.dry_run:
-            build = partial(Retrainer, testbed, RetrainConfig())
-            run_plan(build, collection, jobs, cluster_from(args), "model")
+            train_models(testbed, collection, jobs, args)
         print(models_done(collection, "removals", jobs))
         return
     rows = summarise(plan, Effects(testbed, collection, config))

@@ -12,18 +12,16 @@ on everything also its weights. A model is named by the images that it did not s
 which remove the same images share it.
 
 On a CPU a model is trained by one thread, with `--workers` as many at once as there are processors: small layers gain
-little from a second thread, and sums over one thread are the same bit for bit wherever the model is trained.
+little from a second thread, and sums over one thread are the same bit for bit wherever the model is trained. On a GPU
+`--together 16` trains sixteen at once in this process (`benchmark.together`).
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import shutil
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -32,106 +30,19 @@ import torch
 from torch import Tensor, nn
 
 from abu.cluster import add_cluster_flags, cluster_from, run_plan
-from abu.draws import DrawConfig
-from abu.influence import mean_losses
-from abu.models import SourceModel, build_denoiser, noise_schedule
 from abu.plan import Collection
-from abu.sample import SampleConfig, sample_latents
 from abu.testbed import Testbed, add_testbed_flags, testbed_from
-from abu.train_diffusion import diffusion_loss
-from abu.training import train
-from fastgda.core import best_device, command_line, load_npz, require_file, sha256_file
+from benchmark.retrainer import JUDGED, WEIGHT, RetrainConfig, Retrainer, Retraining
+from benchmark.together import run_together
+from fastgda.core import command_line, load_npz, require_file, sha256_file
 from feature_extraction.readers import read_split
 
-JUDGED = ("val", "test")
 JUDGED_MODE = "emoji-mini"
 """The testbed that is small enough to be trained again many times."""
 SECOND_SEED = 100_000
 """Added to the seeds of the halves when they are trained again."""
 MODELS = {"halves": 64, "again": 64, "reference": 4, "creators": 3}
 """Plan -> models that are trained by default; for creators, of each."""
-WEIGHT = "weight."
-"""Begins the names of the arrays that hold weights."""
-
-
-@dataclass(frozen=True)
-class RetrainConfig:
-    """What is measured on a retrained model."""
-
-    bins: int = 10
-    draws: int = 10
-    """Draws of (t, ε) in each timestep bin for the loss of a query."""
-    sampling_steps: int = SampleConfig.steps
-    """Steps of the sampler for the queries' images."""
-
-
-@dataclass(frozen=True)
-class Retraining:
-    """One model to train."""
-
-    removed: tuple[int, ...]
-    """Ids of the training images that it does not see, ascending."""
-    seed: int
-    """Of initial weights, order and noise."""
-
-    @property
-    def name(self) -> str:
-        """Its file."""
-        digest = hashlib.sha256(np.asarray(self.removed, np.int64).tobytes()).hexdigest()[:12]
-        return f"without_{len(self.removed):05d}_{digest}_seed_{self.seed}.npz"
-
-
-class Retrainer:
-    """Trains models and measures them."""
-
-    def __init__(self, testbed: Testbed, config: RetrainConfig) -> None:
-        self.testbed, self.config, self.device = testbed, config, best_device()
-        torch.set_num_threads(1)
-        latents, text = testbed.load_arrays()
-        self.latents, self.text = torch.from_numpy(latents), torch.from_numpy(text)[:, 0]
-        self.queries = {split: testbed.query_examples(split, self.device) for split in JUDGED}
-        self.seeds = {split: testbed.query_seeds(split) for split in JUDGED}
-        self.autoencoder = testbed.load_source(self.device).autoencoder
-
-    def compute(self, job: Retraining) -> dict[str, np.ndarray]:
-        """removed [R]; for each split losses_<split> [Q]; latents_test [Q, c, h, w], the queries sampled again;
-        seconds, what it took; weights in float16 if nothing was removed.
-        """
-        began = time.perf_counter()
-        kept = kept_images(job, len(self.latents))
-        loop = replace(self.testbed.diffusion_loop, seed=job.seed)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(job.seed)
-            model = build_denoiser(self.testbed.diffusion)
-        schedule = noise_schedule(self.testbed.diffusion)
-        loss = diffusion_loss(self.latents[kept], self.text[kept], schedule, self.device)
-        folder = self.testbed.runs / "retrain" / job.name.removesuffix(".npz")
-        train(model, loss, len(kept), loop, folder, device=self.device, progress=False)
-        model.eval().requires_grad_(False)
-        draws = DrawConfig(self.config.bins, self.config.draws)
-        found: dict[str, np.ndarray] = {"removed": np.asarray(job.removed, np.int32)}
-        for split, queries in self.queries.items():
-            found[f"losses_{split}"] = mean_losses([model], schedule, queries, draws, progress=False)[0].numpy()
-        source = SourceModel(model, self.autoencoder, self.testbed.diffusion, self.testbed.autoencoder)
-        test = self.queries["test"]
-        sampling = SampleConfig(steps=self.config.sampling_steps)
-        found["latents_test"] = sample_latents(source, test.text, self.seeds["test"], sampling).cpu().numpy()
-        if not job.removed:
-            found |= {WEIGHT + name: value.half().cpu().numpy() for name, value in model.state_dict().items()}
-        shutil.rmtree(folder)
-        return found | {"seconds": np.array(time.perf_counter() - began)}
-
-
-def kept_images(job: Retraining, images: int) -> np.ndarray:
-    """Ids of the images that a model sees; `ValueError` unless those removed are some of the training set's."""
-    removed = np.asarray(job.removed, np.int64)
-    inside = ((removed >= 0) & (removed < images)).all()
-    if len(np.unique(removed)) != len(removed) or len(removed) >= images or not inside:
-        raise ValueError(
-            f"{job.name}: expected to remove fewer than {images} different images with ids 0 to {images - 1}, "
-            f"found {len(removed)} with ids {removed.min(initial=images)} to {removed.max(initial=-1)}"
-        )
-    return np.setdiff1d(np.arange(images), removed)
 
 
 def random_halves(images: int, models: int, seed: int = 0) -> list[Retraining]:
@@ -191,6 +102,23 @@ def load_reference(testbed: Testbed, seed: int, model: nn.Module) -> dict[str, T
     return {name.removeprefix(WEIGHT): torch.from_numpy(array).float() for name, array in arrays.items()}
 
 
+def add_training_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags that say where models are trained."""
+    add_cluster_flags(parser)
+    parser.add_argument("--together", type=int, default=1, help="models at once in this process, on a GPU (default: 1)")
+
+
+def train_models(testbed: Testbed, collection: Collection, jobs: list[Retraining], args: argparse.Namespace) -> None:
+    """Trains the missing models where `add_training_flags` says."""
+    cluster = cluster_from(args)
+    if args.together < 1 or (args.together > 1 and cluster is not None):
+        raise ValueError("--together: expected at least 1, and no --workers or --address beside it")
+    if args.together > 1:
+        run_together(Retrainer(testbed, RetrainConfig()), collection, jobs, args.together)
+    else:
+        run_plan(partial(Retrainer, testbed, RetrainConfig()), collection, jobs, cluster, "model")
+
+
 def load_losses(collection: Collection, jobs: list[Retraining], split: str) -> np.ndarray:
     """Losses [models, Q] of the queries of a split under each model."""
     key = f"losses_{split}"
@@ -225,7 +153,7 @@ def main(argv: list[str] | None = None) -> None:
     add_judge_flags(parser)
     defaults = ", ".join(f"{name} {count}" for name, count in MODELS.items())
     parser.add_argument("--models", type=int, help=f"models; for creators, models of each (default: {defaults})")
-    add_cluster_flags(parser)
+    add_training_flags(parser)
     args = parser.parse_args(argv)
     testbed, config = testbed_from(args), RetrainConfig()
     collection, plans = collection_of(testbed, config), plans_of(testbed)
@@ -236,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"failed: {name}: {error}")
         return
     jobs = plans[args.what](args.models or MODELS[args.what])
-    run_plan(partial(Retrainer, testbed, config), collection, jobs, cluster_from(args), "model")
+    train_models(testbed, collection, jobs, args)
     print(models_done(collection, args.what, jobs))
 
 

@@ -13,14 +13,28 @@ import torch
 from small_judge import IMAGES, QUERIES, SETS, small_testbed, write_small_testbed
 
 from abu import testbed as testbeds
+from abu.plan import Collection
 from abu.sample import SampleConfig
 from abu.testbed import TESTBEDS
-from benchmark import creators, gradient_store, image_rows, latency, lds, leaderboard, methods, removal, retrain
+from abu.train_diffusion import refilled
+from benchmark import (
+    creators,
+    gradient_store,
+    image_rows,
+    latency,
+    lds,
+    leaderboard,
+    methods,
+    removal,
+    retrain,
+    retrainer,
+)
 from benchmark.gradient_methods import METHODS, Method, method_scores
 from benchmark.gradient_store import StoreConfig, load_store
 from benchmark.projected import FeatureConfig
-from benchmark.retrain import RetrainConfig, Retrainer, Retraining
+from benchmark.retrainer import RetrainConfig, Retrainer, Retraining
 from benchmark.scores import load_scores, save_scores, score_inputs
+from benchmark.together import Together, run_together
 from fastgda.core import load_npz, save_npy, save_npz, write_manifest
 from fastgda.rankings import from_scores, save_rankings
 from feature_extraction.encoders import load_encoder
@@ -37,7 +51,7 @@ def small(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(TESTBEDS, "emoji-mini", small_testbed(root))
         # what every command measures a model and an image with: a few draws and steps instead of hundreds
-        patch.setattr(RetrainConfig.__init__, "__defaults__", (2, 1, 3))
+        patch.setattr(RetrainConfig.__init__, "__defaults__", (2, 1, 3, 1))
         patch.setattr(SampleConfig.__init__, "__defaults__", (3, 3.0, 3, 0))
         patch.setattr(StoreConfig.__init__, "__defaults__", (0, False, 2))
         # encoders are loaded once and not by every command
@@ -77,9 +91,9 @@ def test_a_model_is_the_same_bit_for_bit_however_often_it_is_interrupted_and_wha
         train(*args, **settings, stop_after_steps=2)
         raise KeyboardInterrupt
 
-    train = retrain.train
+    train = retrainer.train
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(retrain, "train", interrupted)
+        patch.setattr(retrainer, "train", interrupted)
         with pytest.raises(KeyboardInterrupt):
             worker.compute(job)
     resumed = worker.compute(job)
@@ -93,15 +107,15 @@ def test_a_model_is_the_same_bit_for_bit_however_often_it_is_interrupted_and_wha
 @pytest.mark.parametrize("removed", [tuple(range(IMAGES)), (0, 0), (-1,), (IMAGES,)])
 def test_removals_that_are_no_part_of_the_training_set_are_refused(removed):
     with pytest.raises(ValueError, match=f"expected to remove fewer than {IMAGES} different images with ids 0 to 29"):
-        retrain.kept_images(Retraining(removed, 0), IMAGES)
+        retrainer.kept_images(Retraining(removed, 0), IMAGES)
 
 
 def test_references_keep_their_weights(retrained):
     device = torch.device("cpu")
     source = gradient_store.load_member(retrained, 2, device)
     queries = retrained.query_examples("test", device)
-    draws = retrain.DrawConfig(2, 1)
-    found = retrain.mean_losses([source.denoiser], source.schedule, queries, draws, progress=False)[0]
+    draws = RetrainConfig().judged_draws
+    found = retrainer.mean_losses([source.denoiser], source.schedule, queries, draws, progress=False)[0]
     stored = load_npz(retrain.reference_file(retrained, 1), ("losses_test",))["losses_test"]
     np.testing.assert_allclose(found, stored, rtol=1e-2)
 
@@ -320,3 +334,52 @@ def test_scores_of_another_model_or_dataset_are_refused(small, tmp_path, what):
     write_manifest(path, {}, command="", inputs=score_inputs(small, "test") | {what: "0" * 64})
     with pytest.raises(ValueError, match=f"found another {what}: SHA-256 000000000000"):
         load_scores(path, small, "test")
+
+
+def test_models_trained_together_are_those_trained_alone(small):
+    worker = Retrainer(small, RetrainConfig())
+    jobs = [Retraining((3, 5, 8), seed=7), Retraining((), seed=1), Retraining((0,), seed=7)]
+    together = dict(Together(worker, 2).train(jobs))
+    for job, found in together.items():
+        alone = worker.compute(job)
+        assert found.keys() == alone.keys()
+        assert np.array_equal(found["removed"], alone["removed"])
+        for name in ("losses_val", "losses_test", "latents_test"):
+            np.testing.assert_allclose(found[name], alone[name], rtol=2e-3, atol=2e-3, err_msg=name)
+        weights = [name for name in alone if name.startswith(retrainer.WEIGHT)]
+        assert bool(weights) == (job.removed == ())
+        for name in weights:
+            # Adam moves a weight by its whole rate on a gradient that is nothing but rounding
+            difference = np.linalg.norm((found[name] - alone[name]).astype(float))
+            assert difference <= 1e-2 * np.linalg.norm(alone[name].astype(float)) + 1e-3, name
+    assert list(together) == jobs
+    assert not np.allclose(together[jobs[0]]["losses_test"], together[jobs[2]]["losses_test"], rtol=1e-5)
+
+
+def test_together_stores_what_is_missing_and_excludes_workers(small, capsys):
+    assert retrain.main(["again", "--models", "3", "--together", "2"]) == 0
+    assert "again: 3 of 3 models" in capsys.readouterr().out
+    assert retrain.main(["again", "--models", "3", "--together", "2", "--workers", "1"]) == 2
+    assert "--together: expected at least 1, and no --workers" in capsys.readouterr().err
+
+
+def test_a_model_that_does_not_train_is_listed_and_the_others_of_its_round_are_kept(small, tmp_path):
+    worker = Retrainer(small, RetrainConfig())
+    worker.latents = worker.latents.clone()
+    worker.latents[:15] = float("nan")
+    collection, jobs = Collection(tmp_path), [Retraining((), seed=1), Retraining(tuple(range(15)), seed=1)]
+    with pytest.raises(ValueError, match="expected 2 models to train, 1 did not"):
+        run_together(worker, collection, jobs, 2)
+    assert collection.missing(jobs) == jobs[:1]
+    assert "the loss of step 0 became nan" in collection.failures()[jobs[0].name]
+
+
+def test_models_of_one_seed_differ_by_what_they_saw_and_not_by_order_or_noise():
+    kept, generator = torch.tensor([0, 1, 3]), torch.Generator()
+    rows = torch.tensor([2, 0, 1, 2, 3, 3])
+    found = refilled(rows, kept, 4, generator.manual_seed(0))
+    assert torch.equal(found[rows != 2], rows[rows != 2])
+    assert torch.isin(found, kept).all()
+    assert torch.equal(refilled(rows, torch.arange(4), 4, generator), rows)
+    many = refilled(torch.full((3000,), 2), kept, 4, generator)
+    assert np.bincount(many, minlength=4)[[0, 1, 3]].min() > 900

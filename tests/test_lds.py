@@ -7,7 +7,8 @@ import pytest
 from scipy.stats import spearmanr
 
 from benchmark import lds
-from benchmark.retrain import Retraining, random_halves, without_creators
+from benchmark.retrain import random_halves, without_creators
+from benchmark.retrainer import Retraining
 from fastgda.metrics import bootstrap_interval
 
 
