@@ -54,6 +54,7 @@ def write_small_testbed(root: Path) -> Testbed:
         save_npy(folder / "latents.npy", random.normal(size=(count, 2, 4, 4)).astype(np.float32))
         rows = [{**_row(i, f"{split} {i}", SETS[i % len(SETS)]), "seed": i} for i in range(count)]
         pq.write_table(pa.Table.from_pylist(rows, QUERY_SCHEMA), folder / "queries.parquet")
+        save_npy(folder / "text_embeddings.npy", random.normal(size=(count, 1, 16, 384)).astype(np.float32))
     return testbed
 
 
