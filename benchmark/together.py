@@ -249,7 +249,7 @@ class Lane:
 
     @staticmethod
     @torch.no_grad()
-    def _copy(to: Sequence[Tensor], what: Sequence[Tensor]) -> None:
+    def _copy(to: list[Tensor], what: list[Tensor]) -> None:
         torch._foreach_copy_(to, what)
 
 
