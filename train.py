@@ -48,7 +48,10 @@ DEFAULT_RECIPES = {"coco": "paper", "emoji": "best"}
 def parser_for(recipe: str, mode: str = "emoji") -> argparse.ArgumentParser:
     """The parser whose training defaults are those of `recipe`, the others those of `mode`."""
     shown = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python train.py", description=__doc__, formatter_class=shown)
+    # without abbreviations: `main` reads --recipe and --mode before, and by their whole names
+    parser = argparse.ArgumentParser(
+        prog="python train.py", description=__doc__, formatter_class=shown, allow_abbrev=False
+    )
     add = parser.add_argument
     add(
         "--recipe",

@@ -2,10 +2,13 @@
 
     features   every feature before and after tuning
     losses     the losses of the ranker
-    outliers   the share of pairs with an image outside the candidates
     queries    the number of training queries
+    outliers   the share of pairs with an image outside the candidates
     subset     the candidates per query, resampled in every step or fixed
     budget     many queries with few candidates against few with many, at one number of rankings' entries
+
+In the figures' order: the paper's figure 3 holds `features` and `losses`, figure 4 `queries` and `outliers`, figure 5
+`subset` and `budget`. Its figure 6 shows the same for Stable Diffusion.
 
 A setting says what differs from the base recipe. Fewer queries are visited more often, so that all settings take about
 as many steps.
@@ -30,10 +33,9 @@ SUBSET_SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 BUDGET = 16
 """The fixed budget is this part of all entries of the rankings."""
 FIGURES = {
-    "figure3_features": ("features",),
-    "figure4_losses": ("losses", "outliers"),
-    "figure5_data": ("queries", "subset"),
-    "figure6_budget": ("budget",),
+    "figure3_features_losses": ("features", "losses"),
+    "figure4_queries_outliers": ("queries", "outliers"),
+    "figure5_subset_budget": ("subset", "budget"),
 }
 LABELS = {
     "features": "feature",

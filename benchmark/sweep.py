@@ -6,9 +6,10 @@
     python -m benchmark.sweep --dry_run                    # which runs there are, which are finished, how long the rest
 
 Trains the best recipe with one thing changed at a time, evaluates on the test queries, and writes <output>/<study>.json
-and the figures. `--reduced` changes the base of all studies; the JSON says so, and holds each run's configuration. All
-flags of training can be given and become the base that the studies vary. Seeds are the outer loop, so that after a
-while every study has a first answer. A killed sweep goes on in the middle of its run.
+once all runs of the study are finished, and the figures. `--reduced` changes the base of all studies; the JSON says so,
+and holds each run's configuration. All flags of training can be given and become the base that the studies vary. Seeds
+are the outer loop, so that after a while every study has a first answer in <run_dir>. A killed sweep goes on in the
+middle of its run.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import json
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property
@@ -194,7 +196,10 @@ def draw_figures(output: Path) -> None:
 def parser(base: TrainConfig = RECIPES["best"]) -> argparse.ArgumentParser:
     """The command's flags; `base`: the defaults of those of training."""
     found = argparse.ArgumentParser(
-        prog="python -m benchmark.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmark.sweep",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = found.add_argument
     add("--studies", nargs="+", choices=sorted(STUDIES), default=list(STUDIES), help="studies to run (default: all)")
@@ -234,6 +239,7 @@ def main(argv: list[str] | None = None) -> None:
     changed = {name: value for name, value in asdict(problem.base).items() if value != asdict(RECIPES["best"])[name]}
     shared = {"seeds": args.seeds, "changed_from_the_best_recipe": changed}
     entries: dict[str, list[dict[str, Any]]] = {study: [] for study in args.studies}
+    wanted = Counter(run.study for run in runs)
     for number, run in enumerate(runs):
         data = data_of(run.ftype)
         folder = folder_of(run, data, args.run_dir)
@@ -243,7 +249,9 @@ def main(argv: list[str] | None = None) -> None:
         named = {"x": run.setting.x, "series": run.setting.series, "seed": run.config.seed, "ftype": run.ftype}
         config = {"training_queries": run.queries, "config": asdict(run.config)}
         entries[run.study].append({**named, **result, "untuned": untuned, **config})
-        write_study(run.study, entries[run.study], data_of(args.ftype), paths_of(args.ftype), args.output, shared)
+        # never less than all runs, so that a sweep under way leaves what an earlier one wrote
+        if len(entries[run.study]) == wanted[run.study]:
+            write_study(run.study, entries[run.study], data_of(args.ftype), paths_of(args.ftype), args.output, shared)
         print(f"{what}: test mAP(L) " + ", ".join(f"{value:.3f}" for value in result["mAP"].values()))
     draw_figures(args.output)
 

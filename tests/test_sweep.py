@@ -10,7 +10,7 @@ import pytest
 from planted import LEVELS, write_planted
 
 from benchmark import sweep
-from benchmark.studies import STUDIES, Problem
+from benchmark.studies import FIGURES, STUDIES, Problem
 from fastgda.metrics import average_precision
 from fastgda.recipes import RECIPES
 
@@ -76,7 +76,39 @@ def test_sweep_is_resumed_run_by_run(tmp_path, capsys, monkeypatch):
     assert losses["changed_from_the_best_recipe"]["hidden_sizes"] == [] and losses["seeds"] == 1
     assert all(run["seconds"] > 0 for run in losses["runs"])
     figures = {path.name for path in (tmp_path / "out").glob("*.png")}
-    assert figures == {"figure3_features.png", "figure4_losses.png"}
+    assert figures == {"figure3_features_losses.png"}
+
+
+def test_figures_are_the_papers():
+    assert list(FIGURES.values()) == [("features", "losses"), ("queries", "outliers"), ("subset", "budget")]
+    assert [name[:7] for name in FIGURES] == ["figure3", "figure4", "figure5"]
+
+
+def test_an_interrupted_sweep_leaves_the_fuller_document(tmp_path, monkeypatch):
+    write_planted(tmp_path / "data")
+    whole = STUDIES["queries"]
+    monkeypatch.setitem(STUDIES, "queries", lambda problem: whole(problem)[-2:])
+    command = arguments(tmp_path, "--studies", "queries", "--seeds", "1")
+    assert sweep.main(command) == 0
+    document = tmp_path / "out/queries.json"
+    before = document.read_bytes()
+    train = sweep.result_of
+
+    def interrupted(run, *rest):
+        if run.config.seed == 1:
+            raise KeyboardInterrupt
+        return train(run, *rest)
+
+    monkeypatch.setattr(sweep, "result_of", interrupted)
+    assert sweep.main([*command[:-1], "2"]) == 130
+    assert document.read_bytes() == before
+
+
+@pytest.mark.parametrize("flag", ["--redu", "--epoch"])
+def test_flags_are_not_abbreviated(tmp_path, flag, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        sweep.main(arguments(tmp_path, flag))
+    assert stopped.value.code == 2 and f"unrecognized arguments: {flag}" in capsys.readouterr().err
 
 
 def test_untuned_is_the_cosine_of_the_features(tmp_path):

@@ -170,6 +170,13 @@ def test_paper_recipe_has_the_papers_defaults(capsys):
     assert "bce on normalised ranks (eq. 3)" in " ".join(capsys.readouterr().out.split())
 
 
+def test_an_abbreviated_recipe_is_refused(world, capsys):
+    """It would be read too late to decide the defaults."""
+    with pytest.raises(SystemExit) as stopped:
+        train.main(train_arguments(world, "--recip", "paper"))
+    assert stopped.value.code == 2 and "unrecognized arguments: --recip paper" in capsys.readouterr().err
+
+
 def overwrite(path: Path, change) -> None:
     save_npy(path, change(np.load(path)))
 
