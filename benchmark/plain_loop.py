@@ -46,20 +46,27 @@ class Pairs(Dataset):
 class PlainLoop:
     """Training by pairs; `steps` goes on for ever."""
 
-    def __init__(self, images: np.ndarray, split: Split, config: TrainConfig, workers: int) -> None:
+    def __init__(
+        self, images: np.ndarray, split: Split, config: TrainConfig, workers: int, device: torch.device
+    ) -> None:
         torch.manual_seed(config.seed)
         np.random.seed(config.seed)
-        self.ranker = Ranker(config.architecture(images.shape[1]), config.init_scale)
+        self.device = device
+        self.ranker = Ranker(config.architecture(images.shape[1]), config.init_scale).to(device)
         self.optimizer = torch.optim.AdamW(self.ranker.parameters(), config.lr, weight_decay=config.weight_decay)
         pairs = Pairs(images, split, config.outlier_prob)
         # with replacement, as a permutation of all pairs is a list of 49 million integers at COCO's size
         sampler = RandomSampler(pairs, replacement=True, num_samples=len(pairs))
-        self.loader = DataLoader(pairs, config.batch_size, sampler=sampler, num_workers=workers, drop_last=True)
+        pinned = device.type == "cuda"
+        self.loader = DataLoader(
+            pairs, config.batch_size, sampler=sampler, num_workers=workers, drop_last=True, pin_memory=pinned
+        )
 
     def steps(self) -> Iterator[int]:
         """Trains; yields the number of pairs after each update."""
         while True:
-            for queries, images, labels in self.loader:
+            for batch in self.loader:
+                queries, images, labels = (part.to(self.device, non_blocking=True) for part in batch)
                 self.ranker.train()
                 similarity = (self.ranker(queries) * self.ranker(images)).sum(dim=1)
                 loss = functional.binary_cross_entropy_with_logits(self.ranker.logits(similarity), labels.float())

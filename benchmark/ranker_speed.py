@@ -2,12 +2,14 @@
 
     python -m benchmark.ranker_speed --mode coco --data_dir FOLDER    # FOLDER: written by tests/released_layout.py
     python -m benchmark.ranker_speed                                  # the emoji testbed
+    python -m benchmark.ranker_speed --device cpu                     # where there is CUDA, too
 
 All contenders start from the same initial weights where their architecture is the same, and share the machine one after
 the other. A contender is validated at fixed training times, doubled from one to the next, and the clock stands still
 meanwhile. The plain loop goes first; the mAP(L), averaged over L, that it reached in its time is the target, and each
 contender stops at the first validation that reaches it. Its time is that of this validation, so it is never too short.
-Also measured: pairs per second, and the share of the time that is spent in matrix products (PyTorch's profiler).
+Also measured: pairs per second, and the share of the time that is spent in matrix products (PyTorch's profiler; on CUDA
+the time of their kernels). Every reading of the clock waits for the device.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,12 +24,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmark.plain_loop import PlainLoop
-from fastgda.core import ROOT, command_line, environment, relative, save_json
+from fastgda.core import ROOT, best_device, clock, command_line, environment, relative, save_json
 from fastgda.dataset import FTYPES, MODES, Split, default_levels, hold_out, layout, load_images, load_split
-from fastgda.flags import add_flags, from_flags
+from fastgda.flags import add_flags, device, from_flags
 from fastgda.metrics import embedding_retrieval
 from fastgda.ranker import Ranker
 from fastgda.recipes import RECIPES, TrainConfig
@@ -115,13 +117,13 @@ class Curve:
     pairs: int = 0
     steps: int = 0
 
-    def run(self, steps: Iterator[int], until: float) -> None:
-        """Trains until the clock shows `until`."""
-        start, before = time.perf_counter(), self.seconds
+    def run(self, steps: Iterator[int], until: float, place: torch.device) -> None:
+        """Trains on `place` until the clock shows `until`."""
+        start, before = clock(place), self.seconds
         for pairs in steps:
             self.pairs += pairs
             self.steps += 1
-            self.seconds = before + time.perf_counter() - start
+            self.seconds = before + clock(place) - start
             if self.seconds >= until:
                 return
 
@@ -164,10 +166,11 @@ def train_curve(
     problem: Problem, ranker: Ranker, steps: Iterator[int], config: SpeedConfig, target: float | None
 ) -> dict[str, Any]:
     """Trains to the end of its time, or to the `target`; the points of its curve, and how fast it was."""
+    place = ranker.scale.device
     curve, until = Curve(), config.first_seconds
     points = [{"seconds": 0.0, "steps": 0, "pairs": 0, "mAP": problem.score(ranker)}]
     while True:
-        curve.run(steps, until)
+        curve.run(steps, until, place)
         points.append({**asdict(curve), "mAP": problem.score(ranker)})
         print(f"  {curve.seconds:8.1f} s  {curve.steps:7d} steps  mAP {points[-1]['mAP']:.4f}", flush=True)
         if curve.seconds >= config.plain_seconds or (target is not None and points[-1]["mAP"] >= target):
@@ -176,19 +179,27 @@ def train_curve(
     return {
         "pairs_per_second": curve.pairs / curve.seconds,
         "steps_per_second": curve.steps / curve.seconds,
-        "matrix_products": matrix_share(steps, config.profiled_steps),
+        "matrix_products": matrix_share(steps, config.profiled_steps, place),
         "curve": points,
     }
 
 
-def matrix_share(steps: Iterator[int], count: int) -> dict[str, float]:
-    """Share of the time of `count` steps that is spent in matrix products, and the costliest operations."""
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        start = time.perf_counter()
+def matrix_share(steps: Iterator[int], count: int, place: torch.device) -> dict[str, float]:
+    """Share of the time of `count` steps that is spent in matrix products, and the costliest operations.
+
+    An operation's time is its own on the CPU, on CUDA that of the kernels that it starts.
+    """
+    on_cuda = place.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
+    with profile(activities=activities) as profiler:
+        start = clock(place)
         for _ in range(count):
             next(steps)
-        total = time.perf_counter() - start
-    own = {event.key: event.self_cpu_time_total * 1e-6 / total for event in profiler.key_averages()}
+        total = clock(place) - start
+    # kernels are also listed by their own names, beside the operations that started them
+    operations = [event for event in profiler.key_averages() if event.device_type == DeviceType.CPU]
+    spent = {event.key: event.self_device_time_total if on_cuda else event.self_cpu_time_total for event in operations}
+    own = {name: microseconds * 1e-6 / total for name, microseconds in spent.items()}
     shares = {"all": sum(own.get(name, 0.0) for name in MATRIX_PRODUCTS)}
     return shares | dict(sorted(own.items(), key=lambda item: -item[1])[:6])
 
@@ -201,16 +212,19 @@ def time_to(target: float, result: dict[str, Any]) -> float | None:
     return next((point["seconds"] for point in result["curve"][1:] if point["mAP"] >= target), None)
 
 
-def plain_steps(problem: Problem, config: SpeedConfig) -> tuple[PlainLoop, Iterator[int], dict[str, float]]:
+def plain_steps(
+    problem: Problem, config: SpeedConfig, place: torch.device
+) -> tuple[PlainLoop, Iterator[int], dict[str, float]]:
     """The plain loop with the number of loader processes that is fastest on this machine, and the speeds of all."""
     speeds = {}
     for workers in config.loader_workers:
-        steps, curve = PlainLoop(problem.images, problem.train, plain_config(config), workers).steps(), Curve()
+        loop = PlainLoop(problem.images, problem.train, plain_config(config), workers, place)
+        steps, curve = loop.steps(), Curve()
         next(steps)
-        curve.run(steps, config.first_seconds)
+        curve.run(steps, config.first_seconds, place)
         speeds[str(workers)] = curve.pairs / curve.seconds
     fastest = max(speeds, key=lambda workers: speeds[workers])
-    loop = PlainLoop(problem.images, problem.train, plain_config(config), int(fastest))
+    loop = PlainLoop(problem.images, problem.train, plain_config(config), int(fastest), place)
     return loop, loop.steps(), speeds
 
 
@@ -219,11 +233,11 @@ def plain_config(config: SpeedConfig) -> TrainConfig:
     return contenders_of(config)["pairs"]
 
 
-def compare(config: SpeedConfig) -> dict[str, Any]:
+def compare(config: SpeedConfig, place: torch.device) -> dict[str, Any]:
     """The report."""
     problem = Problem(config)
     print(PLAIN)
-    loop, steps, speeds = plain_steps(problem, config)
+    loop, steps, speeds = plain_steps(problem, config, place)
     results = {PLAIN: train_curve(problem, loop.ranker, steps, config, None) | {"loader_workers": speeds}}
     target = max(point["mAP"] for point in results[PLAIN]["curve"][1:])
     for name in config.contenders:
@@ -236,7 +250,7 @@ def compare(config: SpeedConfig) -> dict[str, Any]:
                 problem.validation,
                 levels=tuple(problem.levels),
                 run_dir=Path(folder),
-                device=torch.device("cpu"),
+                device=place,
             )
             steps = (int(np.count_nonzero(step.weight)) for step in trainer.steps(trainer.total_steps))
             results[name] = train_curve(problem, trainer.ranker, steps, config, target)
@@ -253,6 +267,7 @@ def compare(config: SpeedConfig) -> dict[str, Any]:
         "data": relative(config.data_dir) if config.data_dir else f"data/{config.mode}",
         **problem.sizes(),
         "target_mAP": target,
+        "device": str(place),
         "threads": torch.get_num_threads(),
         "config": asdict(config),
         "contenders": results,
@@ -269,9 +284,11 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_flags(parser, SpeedConfig)
-    config = from_flags(SpeedConfig, parser.parse_args(argv))
+    parser.add_argument("--device", type=device, default=best_device(), help="torch device of all contenders")
+    args = parser.parse_args(argv)
+    config = from_flags(SpeedConfig, args)
     output = config.output or ROOT / "results/speed" / f"ranker_{config.mode}.json"
-    save_json(output, compare(config))
+    save_json(output, compare(config, args.device))
     print(f"wrote {output}")
 
 

@@ -19,7 +19,6 @@ import hashlib
 import json
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -32,7 +31,7 @@ import torch
 
 from benchmark.figures import save_figure
 from benchmark.studies import FIGURES, STUDIES, Problem, Setting, draw
-from fastgda.core import ROOT, best_device, command_line, environment, require_file, save_json, sha256_file
+from fastgda.core import ROOT, best_device, clock, command_line, environment, require_file, save_json, sha256_file
 from fastgda.dataset import Layout, default_levels, layout, load_images, load_split, normalise
 from fastgda.evaluation import teacher_reliability
 from fastgda.flags import add_flags, device, from_flags
@@ -110,9 +109,9 @@ def result_of(run: Run, data: Data, folder: Path, place: torch.device) -> dict[s
         trainer = Trainer(
             run.config, data.images, train, data.splits["val"], levels=data.levels, run_dir=folder, device=place
         )
-        began = time.perf_counter()
+        began = clock(place)
         ranker = trainer.run()
-        seconds = time.perf_counter() - began
+        seconds = clock(place) - began
         embedded = ranker.embed_queries(test.features), ranker.embed(data.images)
         found = embedding_retrieval(*embedded, test.rankings, data.levels, precision_only=True)
         by_level = {"mAP": found.precision.mean(axis=0), "standard_error": standard_error(found.precision)}
@@ -128,13 +127,13 @@ def estimate(run: Run, data: Data, place: torch.device) -> float:
     with tempfile.TemporaryDirectory() as folder:
         arguments = run.config, data.images, train, data.splits["val"]
         trainer = Trainer(*arguments, levels=data.levels, run_dir=Path(folder), device=place)
-        times = [time.perf_counter()]
+        times = [clock(place)]
         for _ in trainer.steps(min(TIMED_STEPS + 1, trainer.total_steps)):
-            times.append(time.perf_counter())
+            times.append(clock(place))
         # the first step warms up
         step = sorted(after - before for before, after in pairwise(times))[len(times) // 2 - 1]
         trainer.ranker.embed(data.images)
-        validation = time.perf_counter() - times[-1]
+        validation = clock(place) - times[-1]
     return step * trainer.total_steps + validation * (2 + run.config.epochs // run.config.val_every)
 
 

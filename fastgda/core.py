@@ -299,6 +299,13 @@ def best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def clock(device: torch.device) -> float:
+    """`time.perf_counter()` after all work that was given to `device`; CUDA works on after a call has returned."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def command_line(main: Callable[..., int | None]) -> Callable[..., int]:
     """Decorates an entry point: a user's mistake or a full disk prints one line and returns 2, Ctrl-C returns 130."""
 

@@ -53,7 +53,7 @@ def test_pairs_of_the_plain_loop_are_the_papers():
 def test_plain_loop_learns_the_planted_problem():
     images, splits = planted()
     config = replace(TINY, hidden_sizes=(), out_feat_dim=16, dropout=0.0, lr=0.01, init_scale=-8.0, batch_size=512)
-    loop = PlainLoop(images, splits["train"], config, 0)
+    loop = PlainLoop(images, splits["train"], config, 0, torch.device("cpu"))
     pairs = [count for _, count in zip(range(80), loop.steps(), strict=False)]
     scores = (loop.ranker.embed_queries(splits["val"].features) @ loop.ranker.embed(images).T).numpy()
     top = splits["val"].rankings.rank[:, :12]
@@ -66,9 +66,10 @@ def test_ranker_speed_reports_every_contender(tmp_path: Path):
     command = ["--data_dir", str(tmp_path / "data"), "--topk_values", *map(str, LEVELS), "--plain_seconds", "0.2"]
     size = ["--hidden_sizes", "8", "--out_feat_dim", "8", "--batch_size", "64", "--query_block", "16"]
     output = tmp_path / "speed.json"
-    more = ["--first_seconds", "0.1", "--loader_workers", "0", "--output", str(output)]
+    more = ["--first_seconds", "0.1", "--loader_workers", "0", "--device", "cpu", "--output", str(output)]
     assert ranker_speed.main([*command, *size, *more]) == 0
     report = json.loads(output.read_text())
+    assert report["device"] == "cpu"
     assert list(report["contenders"]) == ["plain loop", "pairs", "blocks", "blocks_bf16", "listwise", "best"]
     plain = report["contenders"]["plain loop"]
     assert report["target_mAP"] == max(point["mAP"] for point in plain["curve"][1:]) and plain["times_as_fast"] == 1
@@ -77,6 +78,15 @@ def test_ranker_speed_reports_every_contender(tmp_path: Path):
         reached = [point["seconds"] for point in found["curve"][1:] if point["mAP"] >= report["target_mAP"]]
         assert found["seconds_to_target"] == (reached[0] if reached else None)
     assert ranker_speed.main([*command, "--contenders", "none"]) == 2
+
+
+@pytest.mark.parametrize(("place", "waits"), [("cpu", 0), ("cuda:0", 4)])
+def test_every_reading_of_the_clock_waits_for_cuda(monkeypatch, place, waits):
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    curve = ranker_speed.Curve()
+    curve.run(iter([5, 5, 5]), 1e9, torch.device(place))
+    assert (curve.steps, curve.pairs) == (3, 15) and waited == [torch.device(place)] * waits
 
 
 def test_metric_speed_agrees_with_scikit_learn(tmp_path: Path):
