@@ -71,9 +71,12 @@ def parser_for(recipe: str, mode: str = "emoji") -> argparse.ArgumentParser:
     add("--train_size", type=int, help="number of training queries to use (default: all that validation leaves)")
     add("--nn_cutoff", type=int, help="use the first candidates of each training query's ranking only (default: all)")
     add("--topk_values", type=int, nargs="+", help="values of L of mAP(L) (default: the mode's)")
-    add("--output", type=Path, help="checkpoint to write (default: weights/<mode>_<ftype>.pth)")
+    written = "<output_dir>" if mode == "coco" else "weights"
+    stem = "<ftype>" if mode == "coco" else f"{mode}_<ftype>"
+    add("--output", type=Path, help=f"checkpoint to write (default: {written}/{stem}.pth)")
     add("--name", help="write <output_dir>/<name>.pth instead, and <name>_eval.csv with --eval_after_train")
-    add("--output_dir", type=Path, default=ROOT / "checkpoints", help="with --name: the folder (default: checkpoints)")
+    text = "folder of --name, and for coco of the default checkpoint (default: checkpoints)"
+    add("--output_dir", type=Path, default=ROOT / "checkpoints", help=text)
     add("--run_dir", type=Path, help="folder for the state and log of the run (default: runs/<name of the output>)")
     add("--device", type=device, default=best_device(), help="torch device")
     add("--half", action="store_true", help="store the checkpoint in float16, at half the size")
@@ -119,6 +122,8 @@ def load_data(args: argparse.Namespace, paths: Layout) -> tuple:
 def validation_rows(args: argparse.Namespace) -> tuple[int, int] | None:
     """The training queries to validate on, where they are named by rows: for COCO by default the paper's."""
     start, end = args.val_start, args.val_end
+    if args.val_queries:
+        return None
     if start is None and end is None and (args.mode != "coco" or args.val_rank_file is not None):
         return None
     start, end = (usual if row is None else row for row, usual in zip((start, end), COCO_VALIDATION, strict=True))
@@ -141,6 +146,8 @@ def train_ranker(
         "train_queries": train.queries,
         "val_queries": validation.queries,
     }
+    if (rows := validation_rows(args)) is not None:
+        recorded["val_rows"] = rows
     if manifest_difference(output, recorded, inputs) is None:
         if group.first:
             print(f"{output}: up to date")
@@ -178,8 +185,10 @@ def output_of(args: argparse.Namespace) -> Path:
         if args.output is not None:
             raise ValueError("--name: expected it without --output, found both")
         return args.output_dir / f"{args.name}.pth"
-    name = args.ftype if args.mode == "coco" else f"{args.mode}_{args.ftype}"
-    return args.output or ROOT / "weights" / f"{name}.pth"
+    # weights/<ftype>.pth is where the released ranker lies
+    coco = args.mode == "coco"
+    folder, stem = (args.output_dir, args.ftype) if coco else (ROOT / "weights", f"{args.mode}_{args.ftype}")
+    return args.output or folder / f"{stem}.pth"
 
 
 def run_dir_of(args: argparse.Namespace, output: Path) -> Path:

@@ -14,6 +14,7 @@ from released_layout import FTYPE, SMALL, ReleasedSize, write_released
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgda.attributor import FeatureAttributor
+from fastgda.core import read_manifest
 from fastgda.dataset import Split, hold_out, layout, load_images, load_split
 from fastgda.evaluation import Candidate, evaluate
 from fastgda.index import FlatIndex
@@ -103,6 +104,24 @@ def test_coco_has_the_released_defaults(tmp_path, capsys):
     ):
         assert train.main(["--mode", "coco", "--name", "x", "--data_dir", str(tmp_path), *more]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_coco_writes_beside_the_released_ranker_not_over_it(tmp_path):
+    parse = train.parser_for("paper", "coco").parse_args
+    assert train.output_of(parse(["--output_dir", str(tmp_path)])) == tmp_path / f"{FTYPE}.pth"
+    assert train.output_of(parse([])).parent.name == "checkpoints"
+    assert train.output_of(parse(["--output", "x.pth"])).name == "x.pth"
+
+
+def test_other_validation_rows_train_another_ranker(tmp_path, capsys):
+    write_released(tmp_path, SMALL)
+    command = ["--mode", "coco", "--data_dir", str(tmp_path), "--train_size", "40", "--topk_values", "10", "40"]
+    command += ["--hidden_sizes", "16", "--out_feat_dim", "16", "--epochs", "1", "--batch_size", "500"]
+    command += ["--output", str(tmp_path / "r.pth"), "--run_dir", str(tmp_path / "run")]
+    for rows, repeated in ((("40", "50"), False), (("40", "50"), True), (("50", "60"), False)):
+        assert train.main([*command, "--val_start", rows[0], "--val_end", rows[1]]) == 0
+        assert ("up to date" in capsys.readouterr().out) == repeated
+        assert read_manifest(tmp_path / "r.pth")["config"]["val_rows"] == list(map(int, rows))
 
 
 @pytest.mark.parametrize("sign", [-1, 1])
