@@ -40,11 +40,12 @@ def candidates(args: argparse.Namespace) -> list[Candidate]:
     index = None
     if args.index is not None:
         # imported here, because evaluation needs no FAISS otherwise
-        from fastgda.index import Index
+        from fastgda.index import Index, load_embedding
 
         if len(args.ftype) > 1:
             raise ValueError(f"--index: expected one --ftype with it, found {len(args.ftype)}")
-        index = Index(args.index)
+        checkpoint = args.checkpoint[0] if args.checkpoint else None
+        index = Index(args.index, ranker=load_embedding(checkpoint, unit=checkpoint is None)[2])
     return [
         Candidate(ftype, layout(args.mode, ftype, args.data_dir, args.feature_dir), group, index, args.index_depth)
         for ftype, group in zip(args.ftype, groups, strict=True)

@@ -20,7 +20,17 @@ import numpy as np
 import torch
 
 from fastgda.core import ROOT, command_line, environment, load_npy, save_json
-from fastgda.dataset import FTYPES, MODES, Layout, default_levels, layout, load_images, load_split, normalise
+from fastgda.dataset import (
+    FTYPES,
+    MODES,
+    Layout,
+    default_levels,
+    layout,
+    load_images,
+    load_split,
+    normalise,
+    unreadable,
+)
 from fastgda.flags import add_flags, from_flags
 from fastgda.metrics import embedding_retrieval, standard_error
 from fastgda.ranker import load_ranker
@@ -80,7 +90,9 @@ def precision_of(paths: Layout, checkpoint: Path | None, levels: tuple[int, ...]
         ranker = load_ranker(checkpoint, in_dim=images.shape[1])
         embedded["tuned"] = [ranker.embed_queries(test.features), ranker.embed(images)]
     return {
-        name: embedding_retrieval(queries, stored, test.rankings, levels, precision_only=True).precision
+        name: embedding_retrieval(
+            queries, stored, test.rankings, levels, precision_only=True, missing=unreadable(images)
+        ).precision
         for name, (queries, stored) in embedded.items()
     }
 

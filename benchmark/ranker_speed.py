@@ -29,7 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmark.plain_loop import PlainLoop
 from fastgda.core import ROOT, best_device, clock, command_line, environment, relative, save_json
-from fastgda.dataset import FTYPES, MODES, Split, default_levels, hold_out, layout, load_images, load_split
+from fastgda.dataset import FTYPES, MODES, Split, default_levels, hold_out, layout, load_images, load_split, unreadable
 from fastgda.flags import add_flags, device, from_flags
 from fastgda.metrics import embedding_retrieval
 from fastgda.ranker import Ranker
@@ -134,6 +134,7 @@ class Problem:
     def __init__(self, config: SpeedConfig) -> None:
         paths = layout(config.mode, config.ftype or FTYPES[config.mode], config.data_dir)
         self.images = load_images(paths)
+        self.missing = unreadable(self.images)
         self.train = load_split(paths, "train", self.images)
         self.validation: Split
         if paths.ranking("val").is_file():
@@ -145,7 +146,8 @@ class Problem:
     def score(self, ranker: Ranker) -> float:
         """Validation mAP(L), averaged over L."""
         embedded = ranker.embed_queries(self.validation.features), ranker.embed(self.images)
-        found = embedding_retrieval(*embedded, self.validation.rankings, self.levels, precision_only=True)
+        judged = self.validation.rankings, self.levels
+        found = embedding_retrieval(*embedded, *judged, precision_only=True, missing=self.missing)
         return float(found.precision.mean())
 
     def sizes(self) -> dict[str, Any]:

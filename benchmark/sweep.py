@@ -32,7 +32,7 @@ import torch
 from benchmark.figures import save_figure
 from benchmark.studies import FIGURES, STUDIES, Problem, Setting, draw
 from fastgda.core import ROOT, best_device, clock, command_line, environment, require_file, save_json, sha256_file
-from fastgda.dataset import Layout, default_levels, layout, load_images, load_split, normalise
+from fastgda.dataset import Layout, default_levels, layout, load_images, load_split, normalise, unreadable
 from fastgda.evaluation import teacher_reliability
 from fastgda.flags import add_flags, device, from_flags
 from fastgda.metrics import Retrieval, chance, embedding_retrieval, standard_error
@@ -75,7 +75,8 @@ class Data:
         """How well the feature retrieves as it is."""
         test = self.splits["test"]
         queries, images = (torch.from_numpy(normalise(rows)) for rows in (test.features, self.images))
-        return embedding_retrieval(queries, images, test.rankings, self.levels, precision_only=True)
+        judged = test.rankings, self.levels
+        return embedding_retrieval(queries, images, *judged, precision_only=True, missing=unreadable(self.images))
 
 
 def plan(args: argparse.Namespace, problem: Problem) -> list[Run]:
@@ -113,7 +114,8 @@ def result_of(run: Run, data: Data, folder: Path, place: torch.device) -> dict[s
         ranker = trainer.run()
         seconds = clock(place) - began
         embedded = ranker.embed_queries(test.features), ranker.embed(data.images)
-        found = embedding_retrieval(*embedded, test.rankings, data.levels, precision_only=True)
+        judged = test.rankings, data.levels
+        found = embedding_retrieval(*embedded, *judged, precision_only=True, missing=unreadable(data.images))
         by_level = {"mAP": found.precision.mean(axis=0), "standard_error": standard_error(found.precision)}
         result = {name: _by_level(data.levels, values) for name, values in by_level.items()}
         save_json(file, {**result, "validation": trainer.best, "steps": trainer.step, "seconds": seconds})

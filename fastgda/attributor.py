@@ -14,8 +14,9 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor, from_numpy
 
-from fastgda.dataset import normalise
+from fastgda.dataset import normalise, unreadable
 from fastgda.index import Embedder, FlatIndex, Index, Neighbours
+from fastgda.metrics import put_last
 
 Known = dict[str, Any] | None
 """What is known of a training image: id, caption, creator, licence, path, url, as far as the index holds them."""
@@ -86,7 +87,7 @@ class FeatureAttributor:
 
         A row of zeros stands for a picture that could not be read. It is left out: a ranker would embed it somewhere.
         """
-        ids = np.flatnonzero(np.any(features, axis=1))
+        ids = np.flatnonzero(~unreadable(features))
         if len(ids) == 0:
             raise ValueError("features: expected at least one training image, found none")
         return cls(embedder, FlatIndex.build(embedder.embed(features[ids]).cpu().numpy(), ids))
@@ -131,7 +132,7 @@ class FeatureAttributor:
 def all_scores(embedder: Embedder, queries: np.ndarray, images: np.ndarray) -> np.ndarray:
     """[Q, N] scores of all training images; one that could not be read, a row of zeros, comes last."""
     scores = (embedder.embed_queries(queries) @ embedder.embed(images).T).cpu().numpy()
-    scores[:, ~np.any(images, axis=1)] = scores.min() - 1
+    put_last(scores, unreadable(images))
     return scores
 
 

@@ -134,6 +134,11 @@ def normalise(features: np.ndarray) -> np.ndarray:
     return features / np.maximum(norms, np.finfo(np.float32).tiny)
 
 
+def unreadable(features: np.ndarray) -> np.ndarray:
+    """[N] mask of the rows of zeros, which stand for pictures that could not be read."""
+    return ~np.any(features, axis=1)
+
+
 def _features(path: Path, dimension: int | None) -> np.ndarray:
     shape: Sequence[int | None] = (None, dimension)
     features = load_npy(path, tuple(shape), mmap=True, made_by=EXTRACT)

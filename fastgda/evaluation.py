@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fastgda.core import environment, manifest_path, read_manifest, relative, sha256_file
-from fastgda.dataset import Layout, Split, default_levels, load_images, load_split, normalise
+from fastgda.dataset import Layout, Split, default_levels, load_images, load_split, normalise, unreadable
 from fastgda.metrics import (
     TILE,
     Retrieval,
@@ -21,6 +21,7 @@ from fastgda.metrics import (
     check_levels,
     embedding_retrieval,
     joined,
+    put_last,
     score_retrieval,
     standard_error,
 )
@@ -80,7 +81,8 @@ def evaluate(
 
     `levels`: values of L; the mode's where absent. `rank_file`: ground truth of `split`; the layout's own where absent.
     `cutoffs`: values of k of recall@k and NDCG@k. `per_query` adds every query's values, for `save_per_query`. The
-    popularity baseline needs the training rankings and is left out where they do not exist.
+    popularity baseline needs the training rankings and is left out where they do not exist. Every method ranks images
+    whose features are zeros, because they could not be read, last.
     """
     rows: list[dict[str, Any]] = []
     for candidate in candidates:
@@ -95,7 +97,8 @@ def evaluate(
     count, total = queries.queries, len(images)
     train_file = train_rank_file or candidates[0].paths.ranking("train")
     if train_file.is_file():
-        score = popularity(load_rankings(train_file, total), total).astype(np.float32)
+        score = popularity(load_rankings(train_file, total), total).astype(np.float32)[None]
+        put_last(score, unreadable(images))
         found = score_retrieval(np.broadcast_to(score, (count, total)), queries.rankings, levels, cutoffs)
         rows.append(_row("popularity", None, found))
     elif train_rank_file is not None:
@@ -125,21 +128,31 @@ def teacher_reliability(rank_file: Path) -> dict[str, float]:
 
 
 def index_retrieval(
-    index: Index, queries: np.ndarray, truth: Rankings, levels: Sequence[int], cutoffs: Sequence[int], depth: int
+    index: Index,
+    queries: np.ndarray,
+    truth: Rankings,
+    levels: Sequence[int],
+    cutoffs: Sequence[int],
+    depth: int,
+    missing: np.ndarray,
 ) -> Retrieval:
     """The metrics of what `index` returns for embedded queries [Q, D], as of exact search.
 
-    Training images that are not among the `depth` neighbours share the last place.
+    missing [N]: mask of images that could not be read. They and those that are not among the `depth` neighbours share
+    the last place. Raises `ValueError` if the index holds ids that are no training image's.
     """
     parts = []
     for start in range(0, len(queries), TILE):
         found = index.search(queries[start : start + TILE], depth)
-        scores = np.zeros((len(found.ids), len(index)), dtype=np.float32)
+        if found.ids.max() >= len(missing):
+            raise ValueError(f"--index: expected training ids below {len(missing)}, found {found.ids.max()}")
+        scores = np.zeros((len(found.ids), len(missing)), dtype=np.float32)
         for row, ids, values in zip(scores, found.ids, found.scores, strict=True):
             returned = ids >= 0
             if returned.any():
                 row[:] = np.nextafter(values[returned].min(), np.float32(-np.inf))
                 row[ids[returned]] = values[returned]
+                row[missing] = row.min()
         parts.append(score_retrieval(scores, truth.rows(slice(start, start + TILE)), levels, cutoffs))
     return joined(parts)
 
@@ -152,9 +165,10 @@ def _feature_rows(
     cutoffs: tuple[int, ...],
     device: torch.device | str,
 ) -> list[dict[str, Any]]:
+    missing = unreadable(images)
     asked = torch.from_numpy(normalise(queries.features)).to(device)
     stored = torch.from_numpy(normalise(images)).to(device)
-    untuned = embedding_retrieval(asked, stored, queries.rankings, levels, cutoffs)
+    untuned = embedding_retrieval(asked, stored, queries.rankings, levels, cutoffs, missing=missing)
     del stored
     rows = [_row("untuned", candidate.ftype, untuned)]
     for checkpoint in candidate.checkpoints:
@@ -163,7 +177,7 @@ def _feature_rows(
         if trained_on != candidate.ftype:
             raise ValueError(f"{checkpoint}: expected a ranker of {candidate.ftype}, found one of {trained_on}")
         asked = ranker.embed_queries(queries.features)
-        tuned = embedding_retrieval(asked, ranker.embed(images), queries.rankings, levels, cutoffs)
+        tuned = embedding_retrieval(asked, ranker.embed(images), queries.rankings, levels, cutoffs, missing=missing)
         gain = tuned.precision - untuned.precision
         rows.append(
             _row("tuned", candidate.ftype, tuned)
@@ -175,7 +189,7 @@ def _feature_rows(
             }
         )
     if candidate.index is not None:
-        rows.append(_index_row(candidate, asked.cpu().numpy(), queries.rankings, levels, cutoffs, len(images)))
+        rows.append(_index_row(candidate, asked.cpu().numpy(), queries.rankings, levels, cutoffs, missing))
     return rows
 
 
@@ -185,15 +199,16 @@ def _index_row(
     truth: Rankings,
     levels: tuple[int, ...],
     cutoffs: tuple[int, ...],
-    images: int,
+    missing: np.ndarray,
 ) -> dict[str, Any]:
-    index, depth = candidate.index, candidate.depth or images
+    index, images = candidate.index, len(missing)
     assert index is not None
     if len(candidate.checkpoints) > 1:
         raise ValueError(f"--index: expected at most one checkpoint with it, found {len(candidate.checkpoints)}")
-    if len(index) != images:
+    if not images - np.count_nonzero(missing) <= len(index) <= images:
         raise ValueError(f"--index: expected an index of the {images} training images, found one of {len(index)}")
-    row = _row("index", candidate.ftype, index_retrieval(index, asked, truth, levels, cutoffs, depth))
+    depth = min(candidate.depth or images, len(index))
+    row = _row("index", candidate.ftype, index_retrieval(index, asked, truth, levels, cutoffs, depth, missing))
     named = {"checkpoint": relative(candidate.checkpoints[0])} if candidate.checkpoints else {}
     return row | {"depth": depth} | named
 

@@ -203,17 +203,29 @@ def embedding_retrieval(
     cutoffs: Sequence[int] = (),
     *,
     precision_only: bool = False,
+    missing: np.ndarray | None = None,
 ) -> Retrieval:
-    """The metrics of the dot products of queries [Q, D] and images [N, D], a tile of queries at a time."""
+    """The metrics of the dot products of queries [Q, D] and images [N, D], a tile of queries at a time.
+
+    missing [N]: mask of images that come last, because they could not be read.
+    """
     parts = []
     for start in range(0, len(queries), TILE):
         scores = (queries[start : start + TILE] @ images.T).float().cpu().numpy()
+        if missing is not None:
+            put_last(scores, missing)
         tile = truth.rows(slice(start, start + TILE))
         if precision_only:
             parts.append(Retrieval(tuple(levels), average_precision(scores, tile.rank, levels)))
         else:
             parts.append(score_retrieval(scores, tile, levels, cutoffs))
     return joined(parts)
+
+
+def put_last(scores: np.ndarray, missing: np.ndarray) -> None:
+    """Puts the images of the mask `missing` [N] together behind all others of scores [Q, N], in place."""
+    if missing.any():
+        scores[:, missing] = np.nextafter(scores.min(axis=1, keepdims=True), scores.dtype.type(-np.inf))
 
 
 def joined(parts: Sequence[Retrieval]) -> Retrieval:

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from fastgda import runs
 from fastgda.core import keyed_generator, save_json
-from fastgda.dataset import Split
+from fastgda.dataset import Split, unreadable
 from fastgda.distributed import Group
 from fastgda.losses import make_loss
 from fastgda.metrics import check_levels, embedding_retrieval, standard_error
@@ -68,7 +68,7 @@ class Trainer:
         self.identity = runs.identity(config, levels, images, train, validation)
         self.sampler = make_sampler(config, train.rankings, len(images))
         self.loss = make_loss(config.loss, config.temperature)
-        self.images = torch.from_numpy(images).to(device)
+        self.images, self.missing = torch.from_numpy(images).to(device), unreadable(images)
         self.queries = torch.from_numpy(train.features).to(device)
         # the global generator initialises modules, so it is seeded here and put back afterwards
         with torch.random.fork_rng(devices=[]):
@@ -205,7 +205,8 @@ class Trainer:
         ranker = self.kept
         part = ranker.embed(self.images[self.group.share(len(self.images))])
         queries, images = ranker.embed_queries(self.validation.features), self.group.gather(part, len(self.images))
-        found = embedding_retrieval(queries, images, self.validation.rankings, self.levels, precision_only=True)
+        judged = self.validation.rankings, self.levels
+        found = embedding_retrieval(queries, images, *judged, precision_only=True, missing=self.missing)
         precision = self.group.from_first(torch.from_numpy(found.precision).to(self.device)).cpu().numpy()
         means, errors = precision.mean(axis=0), standard_error(precision)
         score, better = float(means.mean()), float(means.mean()) > self.best

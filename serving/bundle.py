@@ -20,13 +20,12 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fastgda.core import (
@@ -42,7 +41,7 @@ from fastgda.core import (
 from fastgda.credit import Credit
 from fastgda.index import Index, Source, load_embedding, recommend
 from fastgda.index.journal import exclusive
-from fastgda.index.metadata import count_rows, read_tables, stored_ids
+from fastgda.index.metadata import count_rows, stored_ids
 from fastgda.index.source import COSINE, Embed
 from fastgda.index.store import LOCK
 from fastgda.ranker import Ranker, load_ranker
@@ -111,22 +110,6 @@ class Bundle:
         return k if self.credit is None else max(k, min(self.credit.depth, len(self.index)))
 
 
-class Kept:
-    """Some ascending rows of an array, read when asked for."""
-
-    def __init__(self, array: np.ndarray, rows: np.ndarray) -> None:
-        self._array = array
-        self._rows = rows
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(rows, D)."""
-        return len(self._rows), self._array.shape[1]
-
-    def __getitem__(self, rows: slice | np.ndarray, /) -> np.ndarray:
-        return np.asarray(self._array[self._rows[rows]])
-
-
 def training_source(folder: Path, metadata: list[Path], embed: Embed) -> Source:
     """The training images of the feature folder <feats>/<ftype> with their metadata, without unreadable pictures.
 
@@ -145,19 +128,7 @@ def training_source(folder: Path, metadata: list[Path], embed: Embed) -> Source:
     origin = read_manifest(folder)["inputs"].get("data")
     if len(metadata) == 1 and "image" in _columns(metadata[0]) and origin not in hashes.values():
         raise ValueError(f"{names}: expected the pictures that {path} was made from, found others; extract again")
-    rows = np.flatnonzero(np.any(features, axis=1))
-    if not len(rows):
-        raise ValueError(f"{path}: expected readable pictures, found none")
-
-    def tables() -> Iterator[pa.Table]:
-        first = 0
-        for table in read_tables(metadata):
-            inside = rows[np.searchsorted(rows, first) : np.searchsorted(rows, first + len(table))]
-            yield table.take(pa.array(inside - first))
-            first += len(table)
-
-    inputs = {path.name: sha256_file(path), **hashes}
-    return Source([Kept(features, rows)], rows, embed, tables if metadata else None, inputs)
+    return Source.from_files([path], metadata, embed)
 
 
 def build_bundle(

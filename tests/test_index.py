@@ -142,6 +142,29 @@ def test_files_are_embedded_by_the_ranker(tmp_path: Path, rng: np.random.Generat
         Index(tmp_path / "index", ranker="cosine")
 
 
+def test_rows_of_zeros_are_left_out_and_the_others_keep_their_ids(tmp_path: Path) -> None:
+    """Zeros stand for pictures that could not be read; with metadata and without, in any of several files."""
+    features, zeros = vectors().copy(), [0, 7, 299]
+    features[zeros] = 0
+    files = [tmp_path / "a.npy", tmp_path / "b.npy"]
+    for path, part in zip(files, np.split(features, [1]), strict=True):  # the first file holds nothing else
+        save_npy(path, part)
+    pq.write_table(metadata(), tmp_path / "m.parquet")
+    left = np.delete(np.arange(N), zeros)
+    for known, ids in (([], left), ([tmp_path / "m.parquet"], IDS[left])):
+        source = Source.from_files(files, known)
+        assert source.left_out == 3 and np.array_equal(source.ids, ids)
+        index = Index.create(tmp_path / f"x{len(known)}", source, SegmentConfig(), ranker="none", command="test")
+        found = index.search(queries(), 5)
+        best = np.argsort(-(queries() @ features[left].T), axis=1)[:, :5]
+        assert np.array_equal(found.ids, ids[best])
+    (first,) = index.metadata(found.ids[0, :1])
+    assert first is not None and first["path"] == f"{left[best[0, 0]]}.png"
+    save_npy(files[1], np.zeros_like(features))
+    with pytest.raises(ValueError, match=r"a\.npy .*b\.npy: expected pictures that could be read"):
+        Source.from_files(files)
+
+
 class Failing:
     """Rows that fail at one row and refuse to be read before another."""
 

@@ -96,6 +96,15 @@ def test_an_index_by_command(files: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "images       228 (72 removed) x 16" in out and "000002: 228 x IVF8,SQ8" in out and "advice" not in out
 
 
+def test_rows_of_zeros_are_counted(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    part = vectors()[:50].copy()
+    part[[3, 4]] = 0
+    save_npy(files / "c.npy", part)
+    assert main(["build", str(files / "x"), "--vectors", str(files / "c.npy")]) == 0
+    out = capsys.readouterr().out
+    assert "x: 48 images" in out and "left out     2 rows of zeros" in out
+
+
 def test_dry_run_prints_and_writes_nothing(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted(files.iterdir())
     build_ = ["build", str(files / "x"), "--vectors", str(files / "a.npy"), str(files / "b.npy"), "--dry_run"]

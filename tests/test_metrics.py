@@ -135,6 +135,19 @@ def test_bootstrap_interval_is_scipys(rng):
     assert np.isnan(bootstrap_interval(values[:1])).all()
 
 
+def test_missing_images_share_the_last_place(rng):
+    queries, images = rng.standard_normal((5, 6)).astype(np.float32), rng.standard_normal((50, 6)).astype(np.float32)
+    truth = from_scores(rng.standard_normal((5, 50)))
+    missing = np.isin(np.arange(50), [3, 17])
+    scores = queries @ images.T
+    scores[:, missing] = -99
+    expected = score_retrieval(scores, truth, (3, 9), (4, 50))
+    tensors = torch.from_numpy(queries), torch.from_numpy(images)
+    found = embedding_retrieval(*tensors, truth, (3, 9), (4, 50), missing=missing)
+    for name in ("precision", "overlap", "spearman", "recall", "ndcg"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+
+
 def test_embeddings_in_tiles_equal_scores_at_once(rng, monkeypatch):
     queries, images = rng.standard_normal((11, 6)), rng.standard_normal((50, 6))
     truth = from_scores(rng.standard_normal((11, 50)))

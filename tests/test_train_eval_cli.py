@@ -12,10 +12,12 @@ import pytest
 from planted import LEVELS, write_planted
 
 from fastgda.core import manifest_path, save_npy, write_manifest
-from fastgda.index import Index, SegmentConfig, Source
+from fastgda.dataset import normalise
+from fastgda.index import Index, SegmentConfig, Source, load_embedding
+from fastgda.index.__main__ import main as index_command
 from fastgda.metrics import average_precision
 from fastgda.ranker import load_ranker
-from fastgda.rankings import load_rankings
+from fastgda.rankings import load_rankings, popularity
 
 train = importlib.import_module("train")
 evaluation = importlib.import_module("eval")
@@ -78,8 +80,9 @@ def test_train_then_evaluate(world, capsys):
     ]
 
 
-def write_index(path, vectors):
-    Index.create(path, Source([vectors]), SegmentConfig(), ranker="", command="test")
+def write_index(path, vectors, checkpoint=None):
+    ranker = load_embedding(checkpoint, unit=checkpoint is None)[2]
+    Index.create(path, Source([vectors]), SegmentConfig(), ranker=ranker, command="test")
 
 
 def test_index_and_values_per_query(world, capsys):
@@ -88,7 +91,7 @@ def test_index_and_values_per_query(world, capsys):
     assert train.main(train_arguments(world, "--epochs", "1", "--loss", "ordinal")) == 0
     ranker = load_ranker(world / "r.pth")
     assert ranker.config.heads == 9
-    write_index(world / "r.index", ranker.embed(images).numpy())
+    write_index(world / "r.index", ranker.embed(images).numpy(), world / "r.pth")
     more = ["--checkpoint", str(world / "r.pth"), "--index", str(world / "r.index"), "--output", str(world / "report")]
     assert evaluation.main(eval_arguments(world, *more, "--per_query", str(world / "queries.csv"))) == 0
     document = json.loads((world / "report.json").read_text())
@@ -125,6 +128,52 @@ def test_index_and_values_per_query(world, capsys):
     write_index(world / "other.index", images[:-1])
     assert evaluation.main(eval_arguments(world, "--index", str(world / "other.index"))) == 2
     assert "an index of the 600 training images, found one of 599" in capsys.readouterr().err
+
+
+def test_an_index_of_another_ranker_is_refused(world, capsys):
+    images = np.load(world / "data/feats/planted/data_feats.npy")
+    assert train.main(train_arguments(world, "--epochs", "1")) == 0
+    ranker = load_ranker(world / "r.pth")
+    write_index(world / "r.index", ranker.embed(images).numpy(), world / "r.pth")
+    write_index(world / "untuned.index", normalise(images))
+    checkpoint = ["--checkpoint", str(world / "r.pth")]
+    for index, more in (("untuned", checkpoint), ("r", [])):
+        capsys.readouterr()
+        assert evaluation.main(eval_arguments(world, *more, "--index", str(world / f"{index}.index"))) == 2
+        assert f"{index}.index: expected an index of the ranker" in capsys.readouterr().err
+
+
+def test_unreadable_pictures_come_last_by_every_method(world, capsys):
+    """As rows of zeros in the features, and left out of the index."""
+    images = np.load(world / FEATURES / "data_feats.npy")
+    gone = np.arange(600) % 10 == 3
+    images[gone] = 0
+    save_npy(world / FEATURES / "data_feats.npy", images)
+    assert train.main(train_arguments(world, "--epochs", "1", "--input_norm", "layer")) == 0
+    features, checkpoint = world / FEATURES / "data_feats.npy", ["--checkpoint", str(world / "r.pth")]
+    assert index_command(["build", str(world / "r.index"), "--vectors", str(features), *checkpoint]) == 0
+    assert "left out     60 rows" in capsys.readouterr().out
+    more = [*checkpoint, "--index", str(world / "r.index"), "--output", str(world / "report")]
+    assert evaluation.main(eval_arguments(world, *more)) == 0
+    rows = {row["method"]: row for row in json.loads((world / "report.json").read_text())["rows"]}
+    truth, asked = load_rankings(world / "data/influence_test.npz", 600).rank, np.load(world / QUERIES)
+    ranker = load_ranker(world / "r.pth")
+    for method, scores in (
+        ("untuned", normalise(asked) @ normalise(images).T),
+        ("tuned", (ranker.embed_queries(asked) @ ranker.embed(images).T).numpy()),
+        ("index", (ranker.embed_queries(asked) @ ranker.embed(images).T).numpy()),
+        ("popularity", np.tile(popularity(load_rankings(world / RANKS, 600), 600).astype(np.float32), (30, 1))),
+    ):
+        scores[:, gone] = -9
+        expected = average_precision(scores, truth, LEVELS).mean(axis=0)
+        np.testing.assert_allclose(list(rows[method]["mAP"].values()), expected, atol=1e-4)
+
+
+def test_an_index_of_other_ids_is_refused(world, capsys):
+    source = Source([normalise(np.load(world / FEATURES / "data_feats.npy"))], np.arange(1, 601))
+    Index.create(world / "x", source, SegmentConfig(), ranker="cosine", command="test")
+    assert evaluation.main(eval_arguments(world, "--index", str(world / "x"))) == 2
+    assert "--index: expected training ids below 600, found 600" in capsys.readouterr().err
 
 
 def test_untuned_comparison_of_feature_types(world, capsys, rng):
@@ -187,6 +236,7 @@ def with_nan(array: np.ndarray) -> np.ndarray:
 
 
 FEATURES, RANKS = "data/feats/planted", "data/influence_train.npz"
+QUERIES = f"{FEATURES}/test_query_feats.npy"
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,7 @@ def run_build(args: argparse.Namespace) -> None:
     print("\n".join(f"- {reason}" for reason in reasons))
     Index.create(args.path, source, config, ranker=ranker, command=args.command_line)
     print(f"{args.path}: {len(source):,} images, {config.factory}")
+    _name_left_out(source)
 
 
 def run_info(args: argparse.Namespace) -> None:
@@ -114,6 +115,7 @@ def run_add(args: argparse.Namespace) -> None:
     index = Index(args.path, ranker=ranker, verify=args.verify)
     source = Source.from_files(args.vectors, args.metadata, embed)
     _report(args, index.add(source, command=args.command_line), "added")
+    _name_left_out(source)
 
 
 def run_remove(args: argparse.Namespace) -> None:
@@ -236,6 +238,11 @@ def _opened_with_queries(args: argparse.Namespace) -> tuple[Index, np.ndarray]:
     index = Index(args.path, ranker=ranker, verify=args.verify)
     features = load_npy(args.queries, (None, None), finite=True)
     return index, embed_queries(np.asarray(features, dtype=np.float32))
+
+
+def _name_left_out(source: Source) -> None:
+    if source.left_out:
+        print(f"left out     {source.left_out:,} rows of zeros: pictures that could not be read")
 
 
 def _report(args: argparse.Namespace, change: Change, verb: str) -> None:

@@ -36,7 +36,7 @@ from fastgda.core import (
 )
 from fastgda.index.backend import EXACT, LISTS_FILE, Structure, as_vectors, merge_on_disk
 from fastgda.index.metadata import MetadataTable, write_metadata
-from fastgda.index.source import Source
+from fastgda.index.source import Kept, Source, kept_tables
 
 INDEX, VECTORS, IDS, ORDER, METADATA, TRAINED = (
     *("index.faiss", "vectors.npy", "ids.npy"),
@@ -174,37 +174,17 @@ class Segment:
         return scores
 
 
-class LiveRows:
-    """The stored vectors of a segment without its removed rows, as an array that is read when asked for."""
-
-    def __init__(self, segment: Segment, rows: np.ndarray) -> None:
-        self._vectors = segment.vectors
-        self._rows = rows
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(rows, D)."""
-        return len(self._rows), self._vectors.shape[1]
-
-    def __getitem__(self, rows: slice | np.ndarray, /) -> np.ndarray:
-        return np.asarray(self._vectors[self._rows[rows]])
-
-
 def live_source(segments: list[tuple[Segment, np.ndarray]]) -> Source:
     """A source of the given ascending rows of some segments, ids and metadata included, as they are stored."""
 
     def tables() -> Iterator[pa.Table]:
         for segment, rows in segments:
-            first = 0
-            for table in segment.metadata.tables():
-                inside = rows[np.searchsorted(rows, first) : np.searchsorted(rows, first + len(table))]
-                yield table.take(pa.array(inside - first))
-                first += len(table)
+            yield from kept_tables(segment.metadata.tables(), rows)
 
     ids = np.concatenate([segment.ids[rows] for segment, rows in segments])
     inputs = {segment.folder.name: sha256_file(manifest_path(segment.folder)) for segment, _ in segments}
     return Source(
-        [LiveRows(segment, rows) for segment, rows in segments if len(rows)], ids, tables=tables, inputs=inputs
+        [Kept(segment.vectors, rows) for segment, rows in segments if len(rows)], ids, tables=tables, inputs=inputs
     )
 
 

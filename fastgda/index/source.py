@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -11,7 +11,7 @@ import pyarrow as pa
 from torch import Tensor
 
 from fastgda.core import load_npy, sha256_file
-from fastgda.dataset import normalise
+from fastgda.dataset import normalise, unreadable
 from fastgda.index.backend import as_ids, as_vectors
 from fastgda.index.metadata import count_rows, read_tables, stored_ids, without_metadata
 from fastgda.ranker import load_ranker
@@ -46,6 +46,31 @@ class Rows(Protocol):
 Embed = Callable[[np.ndarray], np.ndarray]
 
 
+class Kept:
+    """Some ascending rows of an array, read when asked for."""
+
+    def __init__(self, array: np.ndarray, rows: np.ndarray) -> None:
+        self._array = array
+        self._rows = rows
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, D)."""
+        return len(self._rows), self._array.shape[1]
+
+    def __getitem__(self, rows: slice | np.ndarray, /) -> np.ndarray:
+        return np.asarray(self._array[self._rows[rows]])
+
+
+def kept_tables(tables: Iterable[pa.Table], rows: np.ndarray) -> Iterator[pa.Table]:
+    """The ascending `rows` of consecutive `tables`."""
+    first = 0
+    for table in tables:
+        inside = rows[np.searchsorted(rows, first) : np.searchsorted(rows, first + len(table))]
+        yield table.take(pa.array(inside - first))
+        first += len(table)
+
+
 class Source:
     """Vectors with their ids and metadata, in a stream."""
 
@@ -56,8 +81,12 @@ class Source:
         embed: Embed | None = None,
         tables: Callable[[], Iterator[pa.Table]] | None = None,
         inputs: dict[str, str] | None = None,
+        left_out: int = 0,
     ) -> None:
-        """`ids` by default count from 0; `embed` maps features to embeddings; `inputs`: name -> hash of each file."""
+        """`ids` by default count from 0; `embed` maps features to embeddings; `inputs`: name -> hash of each file.
+
+        `left_out`: rows that are not among these because their pictures could not be read.
+        """
         self.arrays = arrays
         self.starts = np.cumsum([0, *(array.shape[0] for array in arrays)])
         if len(self) == 0:
@@ -68,23 +97,34 @@ class Source:
         self._embed = embed
         self._tables = tables
         self.inputs = inputs or {}
+        self.left_out = left_out
         self.dim = self.rows(0, 1).shape[1]
 
     @classmethod
     def from_files(cls, vectors: Sequence[Path], metadata: Sequence[Path] = (), embed: Embed | None = None) -> Source:
         """Vectors of `.npy` files in order, with Parquet files whose rows are in the same order.
 
-        Ids are the metadata's column `id`, else 0, 1, 2, ... Raises `ValueError` naming a file that is missing,
-        damaged or of another number of rows.
+        Ids are the metadata's column `id`, else 0, 1, 2, ... A row of zeros stands for a picture that could not be
+        read; it is left out, and the others keep their ids. Raises `ValueError` naming a file that is missing, damaged
+        or of another number of rows.
         """
         arrays = [load_npy(path, (None, None), mmap=True) for path in vectors]
-        rows = sum(len(array) for array in arrays)
-        if metadata and (found := count_rows(metadata)) != rows:
+        total = sum(len(array) for array in arrays)
+        if metadata and (found := count_rows(metadata)) != total:
             names = " ".join(map(str, metadata))
-            raise ValueError(f"{names}: expected {rows} rows, as many as vectors, found {found}")
+            raise ValueError(f"{names}: expected {total} rows, as many as vectors, found {found}")
+        ids = stored_ids(metadata)
+        readable = [np.flatnonzero(~unreadable(array)) for array in arrays]
+        starts = np.cumsum([0, *map(len, arrays)])
+        rows = np.concatenate([part + start for part, start in zip(readable, starts, strict=False)])
+        if total and not len(rows):
+            names = " ".join(map(str, vectors))
+            raise ValueError(f"{names}: expected pictures that could be read, found rows of zeros only")
         inputs = {path.name: sha256_file(path) for path in (*vectors, *metadata)}
-        tables = (lambda: read_tables(metadata)) if metadata else None
-        return cls(arrays, stored_ids(metadata), embed, tables, inputs)
+        tables = (lambda: kept_tables(read_tables(metadata), rows)) if metadata else None
+        pairs = zip(arrays, readable, strict=True)
+        kept = [array if len(part) == len(array) else Kept(array, part) for array, part in pairs]
+        return cls(kept, rows if ids is None else ids[rows], embed, tables, inputs, total - len(rows))
 
     def __len__(self) -> int:
         return int(self.starts[-1])
