@@ -64,7 +64,7 @@ def relevance_table(rankings: Rankings, target: str, size: int | None = None) ->
     """
     if target == "score":
         if rankings.score is None:
-            raise ValueError("expected rankings with scores for this loss and --target, found ranks only")
+            raise ValueError("--loss, --target: expected training rankings with the teacher's scores, found ranks only")
         score = rankings.score.astype(np.float32)
         deviation = score.std(axis=1, keepdims=True)
         return (score - score.mean(axis=1, keepdims=True)) / np.maximum(deviation, 1e-12)

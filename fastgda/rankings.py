@@ -7,12 +7,15 @@ first. A label is the normalised rank pi of the paper (section 3.3), in {1/K, ..
 candidates; images outside the candidates ("outliers") have pi = 1.
 
 Files: `.npz` with `rank` [Q, K] and optionally `score` [Q, K], or the released pickles
-`{"random" | "fixed": {"rank": [Q, K], ...}}`, of which only `rank` is read. Pickles go through an allow-list.
+`{"random" | "fixed": {"rank": [Q, K], ...}}`. Their scores are `influence` [Q, N], by training id, or
+`influence_subset` [Q, K], in the order of the query's candidates, whose places in descending order are
+`rank_influence_subset` [Q, K]. Pickles go through an allow-list.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import pickle
 import sys
@@ -25,6 +28,8 @@ from typing import Any
 import numpy as np
 
 from fastgda.core import atomic_path, command_line, load_npz, require_file, save_npz
+
+logger = logging.getLogger(__name__)
 
 ALLOWED_GLOBALS = frozenset(
     {
@@ -54,7 +59,7 @@ class Rankings:
     rank: np.ndarray
     """[Q, K] integer ids of training images, most influential first."""
     score: np.ndarray | None = None
-    """[Q, K] influence of those images, descending within a row; absent in the released pickles."""
+    """[Q, K] influence of those images, descending within a row; absent where only ranks are known."""
 
     def __post_init__(self) -> None:
         if self.rank.ndim != 2 or not np.issubdtype(self.rank.dtype, np.integer):
@@ -230,7 +235,28 @@ def _read_pickle(path: Path) -> Rankings:
     inner = content[keys[0]] if keys else None
     if not isinstance(inner, dict) or not isinstance(inner.get("rank"), np.ndarray):
         raise ValueError("expected {'random' or 'fixed': {'rank': array [Q, K]}}, found another structure")
-    return Rankings(inner["rank"])
+    rank = inner["rank"]
+    score = _released_score(inner, rank)
+    if score is not None and not (np.isfinite(score).all() and (score[:, 1:] <= score[:, :-1]).all()):
+        logger.warning("%s: influence is ignored, because it does not descend in the order of rank", path)
+        score = None
+    return Rankings(rank, score)
+
+
+def _released_score(arrays: dict[str, Any], rank: np.ndarray) -> np.ndarray | None:
+    # in the order of rank, float32
+    whole = "influence" in arrays
+    influence = arrays.get("influence" if whole else "influence_subset")
+    order = rank if whole else arrays.get("rank_influence_subset")
+    if not (isinstance(influence, np.ndarray) and isinstance(order, np.ndarray)):
+        return None
+    if influence.ndim != 2 or len(influence) != len(rank) or influence.dtype.kind not in "iuf":
+        return None
+    if order.ndim != 2 or order.shape != rank.shape or order.dtype.kind not in "iu":
+        return None
+    if order.size == 0 or order.min() < 0 or order.max() >= influence.shape[1]:
+        return None
+    return np.take_along_axis(influence, order, axis=1).astype(np.float32)
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -245,7 +271,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 @command_line
 def main(argv: list[str] | None = None) -> None:
-    """Converts a released ranking pickle to `.npz`."""
+    """Converts a released ranking pickle to `.npz`, with its scores where it holds them."""
     parser = argparse.ArgumentParser(
         prog="python -m fastgda.rankings", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -257,7 +283,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     rankings = load_rankings(args.source, args.images)
     save_rankings(args.target, rankings)
-    print(f"{args.target}: {rankings.queries} queries, {rankings.candidates} candidates each")
+    scored = "with scores" if rankings.score is not None else "ranks only"
+    print(f"{args.target}: {rankings.queries} queries, {rankings.candidates} candidates each, {scored}")
 
 
 if __name__ == "__main__":

@@ -221,9 +221,59 @@ def test_convert_command(tmp_path, capsys):
     assert "training ids 0 to 1" in capsys.readouterr().err
 
 
+def subset_arrays(rng) -> dict[str, np.ndarray]:
+    """As the authors' code makes them for 2 queries with 6 candidates each of 30 images."""
+    candidates = np.argsort(rng.random((2, 30)), axis=1)[:, :6]
+    influence = rng.standard_normal((2, 6)) * 1e-7
+    order = np.argsort(-influence, axis=1)
+    rank = np.take_along_axis(candidates, order, axis=1)
+    return {"rank": rank, "influence_subset": influence, "rank_influence_subset": order}
+
+
+def test_scores_of_released_pickles(tmp_path, rng, caplog):
+    path = tmp_path / "influence_train.pkl"
+    subset = subset_arrays(rng)
+    whole = {"rank": subset["rank"], "influence": np.full((2, 30), -1.0)}
+    np.put_along_axis(whole["influence"], whole["rank"], np.sort(subset["influence_subset"])[:, ::-1], axis=1)
+    for arrays in (subset, whole):
+        save_released(path, **arrays)
+        found = load_rankings(path, 30)
+        np.testing.assert_array_equal(found.rank, subset["rank"])
+        expected = np.sort(subset["influence_subset"].astype(np.float32))[:, ::-1]
+        assert found.score is not None and np.array_equal(found.score, expected)
+    assert main(["convert", str(path), str(tmp_path / "r.npz"), "--images", "30"]) == 0
+    converted = load_rankings(tmp_path / "r.npz", 30).score
+    assert converted is not None
+    np.testing.assert_allclose(converted / converted[0, 0].astype(float), expected / expected[0, 0], rtol=2e-3)
+    assert not caplog.records
+    for wrong in (subset["influence_subset"][:, ::-1], np.full((2, 6), np.nan)):
+        save_released(path, **{**subset, "influence_subset": wrong})
+        assert load_rankings(path, 30).score is None
+        assert "influence is ignored" in caplog.text
+        caplog.clear()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"influence_subset": np.zeros((2, 5))},
+        {"influence_subset": np.zeros(6)},
+        {"influence_subset": np.array([[None] * 6] * 2)},
+        {"rank_influence_subset": np.full((2, 6), -1)},
+        {"rank_influence_subset": np.zeros((1, 6), int)},
+        {"rank_influence_subset": np.zeros((2, 6))},
+    ],
+)
+def test_scores_of_other_shapes_leave_the_ranks(tmp_path, rng, change):
+    arrays = subset_arrays(rng) | change
+    (tmp_path / "r.pkl").write_bytes(pickle.dumps({"random": arrays}))
+    found = load_rankings(tmp_path / "r.pkl", 30)
+    assert found.score is None and np.array_equal(found.rank, arrays["rank"])
+
+
 def test_released_pickle_round_trip(tmp_path, rng):
-    rank = np.argsort(rng.random((3, 20)), axis=1)
     influence = rng.standard_normal((3, 20))
+    rank = np.argsort(-influence, axis=1)
     save_released(tmp_path / "influence_test.pkl", rank=rank, influence=influence)
     assert np.array_equal(load_rankings(tmp_path / "influence_test.pkl", 20).rank, rank)
     plain = pickle.loads((tmp_path / "influence_test.pkl").read_bytes())

@@ -106,6 +106,20 @@ def test_coco_has_the_released_defaults(tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_the_score_loss_trains_on_released_files(tmp_path, capsys):
+    write_released(tmp_path, SMALL)
+    command = ["--mode", "coco", "--data_dir", str(tmp_path), "--val_queries", "10", "--topk_values", "10", "40"]
+    command += ["--loss", "score", "--hidden_sizes", "16", "--out_feat_dim", "16", "--epochs", "1"]
+    command += ["--output", str(tmp_path / "r.pth"), "--run_dir", str(tmp_path / "run")]
+    assert train.main(command) == 0
+    rankings = load_rankings(tmp_path / "influence_train.pkl", SMALL.images)
+    assert rankings.score is not None
+    save_rankings(tmp_path / "influence_train.npz", Rankings(rankings.rank))
+    capsys.readouterr()
+    assert train.main([*command[:-1], str(tmp_path / "other")]) == 2
+    assert "expected training rankings with the teacher's scores, found ranks only" in capsys.readouterr().err
+
+
 def test_coco_writes_beside_the_released_ranker_not_over_it(tmp_path):
     parse = train.parser_for("paper", "coco").parse_args
     assert train.output_of(parse(["--output_dir", str(tmp_path)])) == tmp_path / f"{FTYPE}.pth"
