@@ -12,7 +12,6 @@ server listens on 127.0.0.1 and asks nothing of the internet; its log goes to st
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 from dataclasses import dataclass
@@ -23,7 +22,16 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from fastgda.attributor import FeatureAttributor, Untuned, all_scores
-from fastgda.core import ROOT, command_line, load_npy, manifest_path, read_manifest, relative, sha256_file
+from fastgda.core import (
+    ROOT,
+    command_line,
+    command_parser,
+    load_npy,
+    manifest_path,
+    read_manifest,
+    relative,
+    sha256_file,
+)
 from fastgda.credit import Credit, credit_path
 from fastgda.dataset import FTYPES, Layout, default_levels, layout, load_split
 from fastgda.flags import add_flags, from_flags
@@ -163,9 +171,7 @@ def load_credit(
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python demo.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("python demo.py", __doc__)
     for cls in (DemoConfig, Limits):
         add_flags(parser, cls)
     args = parser.parse_args(argv)

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fastgda.core import best_device, command_line
+from fastgda.core import best_device, command_line, command_parser
 from fastgda.dataset import FTYPES, MODES, layout
 from fastgda.evaluation import Candidate, evaluate
 from fastgda.flags import device
@@ -72,8 +72,7 @@ def without_baseline(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    shown = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python eval.py", description=__doc__, formatter_class=shown)
+    parser = command_parser("python eval.py", __doc__)
     add = parser.add_argument
     add("--mode", choices=MODES, default="emoji", help="which layout and which L (default: emoji)")
     add("--ftype", nargs="+", help="feature types, folders under <data_dir>/feats (default: the mode's usual one)")

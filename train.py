@@ -19,7 +19,16 @@ from pathlib import Path
 
 import torch
 
-from fastgda.core import ROOT, best_device, command_line, manifest_difference, require_file, sha256_file, write_manifest
+from fastgda.core import (
+    ROOT,
+    best_device,
+    command_line,
+    command_parser,
+    manifest_difference,
+    require_file,
+    sha256_file,
+    write_manifest,
+)
 from fastgda.dataset import (
     COCO_VALIDATION,
     FTYPES,
@@ -47,11 +56,7 @@ DEFAULT_RECIPES = {"coco": "paper", "emoji": "best"}
 
 def parser_for(recipe: str, mode: str = "emoji") -> argparse.ArgumentParser:
     """The parser whose training defaults are those of `recipe`, the others those of `mode`."""
-    shown = argparse.RawDescriptionHelpFormatter
-    # without abbreviations: `main` reads --recipe and --mode before, and by their whole names
-    parser = argparse.ArgumentParser(
-        prog="python train.py", description=__doc__, formatter_class=shown, allow_abbrev=False
-    )
+    parser = command_parser("python train.py", __doc__)
     add = parser.add_argument
     add(
         "--recipe",

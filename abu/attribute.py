@@ -20,7 +20,7 @@ from abu.loss_draws import LossDraws
 from abu.sweep import SweepConfig
 from abu.testbed import SPLITS, Testbed, add_testbed_flags, testbed_from
 from abu.unlearn import UnlearnConfig
-from fastgda.core import ROOT, atomic_path, best_device, command_line, load_npz, save_json
+from fastgda.core import ROOT, atomic_path, best_device, command_line, command_parser, load_npz, save_json
 from fastgda.flags import add_flags, from_flags
 from feature_extraction.readers import read_split
 
@@ -56,9 +56,7 @@ def candidate_ids(testbed: Testbed, split: str, query: int, count: int | None, i
 
 def parser() -> argparse.ArgumentParser:
     """Flags of the command."""
-    made = argparse.ArgumentParser(
-        prog="python -m abu.attribute", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = command_parser("python -m abu.attribute", __doc__)
     made.add_argument("--query", type=int, required=True, help="number of the query in its split")
     made.add_argument("--split", choices=SPLITS, default="test")
     made.add_argument("--candidates", type=int, help="evaluate only the first K of the stored ranking")

@@ -51,7 +51,7 @@ from abu.stages import (
 )
 from abu.testbed import Testbed, add_testbed_flags, testbed_from
 from abu.tiles import MEMORY_GB
-from fastgda.core import best_device, command_line
+from fastgda.core import best_device, command_line, command_parser
 
 SHOWN = 10
 """Failures that status prints."""
@@ -77,9 +77,9 @@ def print_status(testbed: Testbed, measure: str = "loss") -> None:
 
 def parser() -> argparse.ArgumentParser:
     """Flags of the command."""
-    made = argparse.ArgumentParser(
-        prog="python -m abu.collect",
-        description="Collects the teacher's scores of all queries, in pieces that nothing can lose.",
+    made = command_parser(
+        "python -m abu.collect",
+        "Collects the teacher's scores of all queries, in pieces that nothing can lose.",
         epilog="example: python -m abu.collect training --passes 4 --workers 2",
     )
     made.add_argument("stage", choices=("curvature", "queries", "steps", "training", "scores", "status"))

@@ -38,7 +38,7 @@ from abu.plan import Collection
 from abu.sweep import SweepConfig
 from abu.testbed import SPLITS, Testbed, add_testbed_flags, testbed_from
 from abu.unlearn import UnlearnConfig
-from fastgda.core import ROOT, command_line, load_npz, manifest_path, read_manifest, sha256_file
+from fastgda.core import ROOT, command_line, command_parser, load_npz, manifest_path, read_manifest, sha256_file
 from fastgda.flags import add_flags, from_flags
 
 PARTS = {
@@ -54,9 +54,7 @@ STILL = 0.5
 
 def parser() -> argparse.ArgumentParser:
     """Flags of the command."""
-    made = argparse.ArgumentParser(
-        prog=COMMAND, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = command_parser(COMMAND, __doc__)
     made.add_argument("stage", choices=("all", "unlearned", "before", "influence", "status"))
     add_testbed_flags(made)
     made.add_argument("--split", choices=SPLITS, default="test", help="which queries (default: test)")

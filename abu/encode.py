@@ -9,7 +9,6 @@ Writes `trainset/latents.npy` [N, c, h, w] float32 and `trainset/text_embeddings
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import asdict
 from functools import partial
@@ -23,6 +22,7 @@ from abu.testbed import Testbed, add_testbed_flags, testbed_from
 from fastgda.core import (
     best_device,
     command_line,
+    command_parser,
     manifest_difference,
     require_file,
     save_npy,
@@ -61,8 +61,7 @@ def encode_captions(testbed: Testbed, device: torch.device, batch_size: int = 25
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    shown = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m abu.encode", description=__doc__, formatter_class=shown)
+    parser = command_parser("python -m abu.encode", __doc__)
     add_testbed_flags(parser)
     parser.add_argument("--flips", action="store_true", help="also encode the images flipped left to right")
     args = parser.parse_args(argv)

@@ -33,6 +33,7 @@ from abu.pipelines import ENCODERS, PipelineEncoder, source_hashes
 from fastgda.core import (
     best_device,
     command_line,
+    command_parser,
     keyed_generator,
     manifest_difference,
     manifest_path,
@@ -195,11 +196,7 @@ def encode_pictures(
 
 def parser() -> argparse.ArgumentParser:
     """Flags of the command."""
-    made = argparse.ArgumentParser(
-        prog="python -m abu.encode_pictures",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    made = command_parser("python -m abu.encode_pictures", __doc__)
     made.add_argument("--source", required=True, help="folder of a pipeline, or its name on the hub")
     made.add_argument("--pictures", type=Path, required=True, help="pictures with captions")
     made.add_argument("--output", type=Path, required=True, help="folder of the two arrays")

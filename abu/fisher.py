@@ -38,7 +38,7 @@ from abu.models import SourceModel
 from abu.pipelines import denoiser_inputs, open_source, source_hashes
 from abu.spectrum import draw_spectra, spectra
 from abu.testbed import Testbed, add_testbed_flags, testbed_from
-from fastgda.core import best_device, command_line, sha256_file, write_manifest
+from fastgda.core import best_device, command_line, command_parser, sha256_file, write_manifest
 from fastgda.flags import add_flags, from_flags
 
 STANDARD = ("ekfac", "cross-attn-kv")
@@ -275,9 +275,7 @@ def run_convert(args: argparse.Namespace) -> None:
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m abu.fisher", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("python -m abu.fisher", __doc__)
     stages = parser.add_subparsers(dest="stage", required=True)
     fit = stages.add_parser(
         "fit",

@@ -30,7 +30,7 @@ from abu.stages import whole_passes
 from abu.store import GradientStore, StoreConfig, open_store, unit_vectors
 from abu.testbed import SPLITS, Testbed, add_testbed_flags, testbed_from
 from abu.tiles import MEMORY_GB, tiles
-from fastgda.core import ROOT, best_device, command_line, load_npy, require_file, save_npz
+from fastgda.core import ROOT, best_device, command_line, command_parser, load_npy, require_file, save_npz
 from fastgda.flags import add_flags, from_flags
 from feature_extraction.minilm import MiniLM
 from feature_extraction.readers import read_split
@@ -131,9 +131,7 @@ def run_score(args: argparse.Namespace) -> None:
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m abu.query", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("python -m abu.query", __doc__)
     stages = parser.add_subparsers(dest="stage", required=True)
     build = stages.add_parser(
         "build",

@@ -9,7 +9,6 @@ sampled, by their words without small ones, so that no split shares a concept wi
 
 from __future__ import annotations
 
-import argparse
 import io
 import math
 import sys
@@ -31,6 +30,7 @@ from fastgda.core import (
     atomic_path,
     best_device,
     command_line,
+    command_parser,
     keyed_generator,
     manifest_difference,
     save_npy,
@@ -221,9 +221,7 @@ def sample_grid(model: SourceModel, encoder: MiniLM, config: SampleConfig, conce
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m abu.sample", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("python -m abu.sample", __doc__)
     add_testbed_flags(parser)
     parser.add_argument("--splits", nargs="+", choices=SPLITS, default=SPLITS)
     parser.add_argument("--guidance", type=float, default=SampleConfig.guidance, help="classifier-free guidance weight")

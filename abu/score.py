@@ -36,15 +36,13 @@ from abu.plan import Collection
 from abu.score_collection import COMMAND, ScoreCollector, ScoreInputs, ScoreJob, input_hashes, merged
 from abu.score_config import CutConfig, ScoreConfig
 from abu.score_estimate import dry_run, require_room
-from fastgda.core import command_line, save_npz, write_manifest
+from fastgda.core import command_line, command_parser, save_npz, write_manifest
 from fastgda.flags import add_flags, from_flags
 
 
 def parser() -> argparse.ArgumentParser:
     """Flags of the command."""
-    made = argparse.ArgumentParser(
-        prog=COMMAND, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = command_parser(COMMAND, __doc__)
     made.add_argument("--source", required=True, help="COCO's model.bin, or a pipeline of diffusers")
     made.add_argument("--trainset", type=Path, required=True, help="folder of the encoded training pictures")
     made.add_argument("--queries", type=Path, required=True, help="folder of the encoded queries")

@@ -8,7 +8,6 @@ keeps the latents near a unit normal. Horizontal flips double the data.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import asdict, replace
 
@@ -18,7 +17,7 @@ from torch import Tensor
 from abu.models import Autoencoder, save_module
 from abu.testbed import add_testbed_flags, testbed_from
 from abu.training import StepLoss, save_history, train
-from fastgda.core import best_device, command_line, manifest_difference, sha256_file, write_manifest
+from fastgda.core import best_device, command_line, command_parser, manifest_difference, sha256_file, write_manifest
 
 EDGE_WEIGHT = 0.5
 KL_WEIGHT = 1e-3
@@ -56,11 +55,7 @@ def standardise(model: Autoencoder, images: Tensor, device: torch.device, batch_
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m abu.train_autoencoder",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("python -m abu.train_autoencoder", __doc__)
     add_testbed_flags(parser)
     parser.add_argument("--steps", type=int, help="optimisation steps (default: the testbed's recipe)")
     args = parser.parse_args(argv)

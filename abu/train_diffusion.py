@@ -8,7 +8,6 @@ guided, and what is kept is the moving average of the weights.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import asdict, dataclass, replace
 
@@ -19,7 +18,15 @@ from abu.diffusion_loss import NoiseSchedule, example_losses
 from abu.models import Autoencoder, SourceModel, build_denoiser, load_module, noise_schedule, save_source
 from abu.testbed import add_testbed_flags, testbed_from
 from abu.training import StepLoss, save_history, train
-from fastgda.core import best_device, command_line, manifest_difference, require_file, sha256_file, write_manifest
+from fastgda.core import (
+    best_device,
+    command_line,
+    command_parser,
+    manifest_difference,
+    require_file,
+    sha256_file,
+    write_manifest,
+)
 
 CAPTION_DROPOUT = 0.1
 
@@ -84,9 +91,7 @@ def diffusion_loss(
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m abu.train_diffusion", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("python -m abu.train_diffusion", __doc__)
     add_testbed_flags(parser)
     parser.add_argument("--steps", type=int, help="optimisation steps (default: the testbed's recipe)")
     parser.add_argument("--compile", action="store_true", help="compile the model with torch.compile")

@@ -11,7 +11,6 @@ pictures (reading and decoding), preparing them, the network, and writing.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -25,7 +24,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastgda.core import ROOT, command_line, environment, save_json, save_npy
+from fastgda.core import ROOT, command_line, command_parser, environment, save_json, save_npy
 from fastgda.flags import add_flags, from_flags
 from feature_extraction.encoders import ENCODERS, Encoder, load_encoder, parse_weights
 from feature_extraction.shards import Plan
@@ -215,11 +214,7 @@ def compare(config: ExtractionSpeedConfig) -> dict[str, Any]:
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmark.extraction_speed",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("python -m benchmark.extraction_speed", __doc__)
     add_flags(parser, ExtractionSpeedConfig)
     config = from_flags(ExtractionSpeedConfig, parser.parse_args(argv))
     found = compare(config)

@@ -10,7 +10,6 @@ ranker; queries and training images both come from the extraction that is judged
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastgda.core import ROOT, command_line, environment, load_npy, save_json
+from fastgda.core import ROOT, command_line, command_parser, environment, load_npy, save_json
 from fastgda.dataset import (
     FTYPES,
     MODES,
@@ -123,11 +122,7 @@ def compare(config: DriftConfig) -> dict[str, Any]:
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmark.feature_drift",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("python -m benchmark.feature_drift", __doc__)
     add_flags(parser, DriftConfig)
     config = from_flags(DriftConfig, parser.parse_args(argv))
     found = compare(config)

@@ -9,7 +9,6 @@ medians count.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 from sklearn.metrics import average_precision_score
 
-from fastgda.core import ROOT, command_line, environment, save_json
+from fastgda.core import ROOT, command_line, command_parser, environment, save_json
 from fastgda.dataset import COCO_LEVELS
 from fastgda.flags import add_flags, from_flags
 from fastgda.metrics import average_precision
@@ -91,11 +90,7 @@ def _timed(function: Callable[[], np.ndarray]) -> tuple[np.ndarray, float]:
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmark.metric_speed",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("python -m benchmark.metric_speed", __doc__)
     add_flags(parser, MetricConfig)
     config = from_flags(MetricConfig, parser.parse_args(argv))
     rows = [compare(config, decimals) for decimals in (None, 1)]

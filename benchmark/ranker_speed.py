@@ -14,7 +14,6 @@ the time of their kernels). Every reading of the clock waits for the device.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -28,7 +27,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmark.plain_loop import PlainLoop
-from fastgda.core import ROOT, best_device, clock, command_line, environment, relative, save_json
+from fastgda.core import ROOT, best_device, clock, command_line, command_parser, environment, relative, save_json
 from fastgda.dataset import FTYPES, MODES, Split, default_levels, hold_out, layout, load_images, load_split, unreadable
 from fastgda.flags import add_flags, device, from_flags
 from fastgda.metrics import embedding_retrieval
@@ -280,11 +279,7 @@ def compare(config: SpeedConfig, place: torch.device) -> dict[str, Any]:
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmark.ranker_speed",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("python -m benchmark.ranker_speed", __doc__)
     add_flags(parser, SpeedConfig)
     parser.add_argument("--device", type=device, default=best_device(), help="torch device of all contenders")
     args = parser.parse_args(argv)

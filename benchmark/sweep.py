@@ -31,7 +31,17 @@ import torch
 
 from benchmark.figures import save_figure
 from benchmark.studies import FIGURES, STUDIES, Problem, Setting, draw
-from fastgda.core import ROOT, best_device, clock, command_line, environment, require_file, save_json, sha256_file
+from fastgda.core import (
+    ROOT,
+    best_device,
+    clock,
+    command_line,
+    command_parser,
+    environment,
+    require_file,
+    save_json,
+    sha256_file,
+)
 from fastgda.dataset import Layout, default_levels, layout, load_images, load_split, normalise, unreadable
 from fastgda.evaluation import teacher_reliability
 from fastgda.flags import add_flags, device, from_flags
@@ -196,12 +206,7 @@ def draw_figures(output: Path) -> None:
 
 def parser(base: TrainConfig = RECIPES["best"]) -> argparse.ArgumentParser:
     """The command's flags; `base`: the defaults of those of training."""
-    found = argparse.ArgumentParser(
-        prog="python -m benchmark.sweep",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    found = command_parser("python -m benchmark.sweep", __doc__)
     add = found.add_argument
     add("--studies", nargs="+", choices=sorted(STUDIES), default=list(STUDIES), help="studies to run (default: all)")
     add("--seeds", type=int, default=3, help="runs of every setting (default: 3)")

@@ -6,6 +6,7 @@ final name is always whole; beside it a manifest says which command, configurati
 
 from __future__ import annotations
 
+import argparse
 import functools
 import hashlib
 import json
@@ -306,6 +307,29 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
+class CommandParser(argparse.ArgumentParser):
+    """A parser that takes `--dry-run` for `--dry_run`, and no abbreviations.
+
+    An abbreviation would be read differently by a command that looks at a flag before it knows all of them. Options
+    are declared with underscores; only the `--no-` of a switch has a dash.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **options})
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As of argparse, which `parse_args` calls."""
+        words = list(sys.argv[1:] if args is None else args)
+        options = words[: words.index("--")] if "--" in words else words
+        return super().parse_known_args([*map(_underscored, options), *words[len(options) :]], namespace)
+
+
+def command_parser(prog: str, description: str | None, **options: Any) -> CommandParser:
+    """The parser of the command `prog`; `description` is shown as it is written."""
+    shown = argparse.RawDescriptionHelpFormatter
+    return CommandParser(prog=prog, description=description, formatter_class=shown, **options)
+
+
 def command_line(main: Callable[..., int | None]) -> Callable[..., int]:
     """Decorates an entry point: a user's mistake or a full disk prints one line and returns 2, Ctrl-C returns 130."""
 
@@ -322,6 +346,14 @@ def command_line(main: Callable[..., int | None]) -> Callable[..., int]:
             return 130
 
     return run
+
+
+def _underscored(word: str) -> str:
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    start = len("--no-") if name.startswith("--no-") else len("--")
+    return name[:start] + name[start:].replace("-", "_") + equals + value
 
 
 def _config(config: Any) -> dict[str, Any]:

@@ -11,7 +11,6 @@ parts deleted. Rankers go to weights/.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import shutil
@@ -27,7 +26,7 @@ from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 from huggingface_hub.hf_api import RepoFile
 from tqdm import tqdm
 
-from fastgda.core import ROOT, command_line, save_json, sha256_file
+from fastgda.core import ROOT, command_line, command_parser, save_json, sha256_file
 
 REPOSITORY = "sywang/FastGDA"
 WEIGHTS = PurePosixPath("coco/weights")
@@ -263,9 +262,7 @@ def _line(error: Exception) -> str:
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fastgda.download", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("python -m fastgda.download", __doc__)
     add = parser.add_argument
     add("--source", default=REPOSITORY, help=f"dataset of the hub, or a folder (default: {REPOSITORY})")
     add("--data_dir", type=Path, default=ROOT / "data", help="folder above coco/ (default: data)")

@@ -9,13 +9,12 @@ first, and `score` (cosines); `python -m fastgda.rankings` reads the released `n
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 import numpy as np
 
-from fastgda.core import command_line, load_npy, relative, sha256_file, write_manifest
+from fastgda.core import command_line, command_parser, load_npy, relative, sha256_file, write_manifest
 from fastgda.dataset import EXTRACT, MODES, layout, load_images, normalise
 from fastgda.index import FlatIndex
 from fastgda.rankings import Rankings, save_rankings
@@ -32,9 +31,7 @@ def nearest(queries: np.ndarray, images: np.ndarray, k: int) -> Rankings:
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fastgda.neighbours", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("python -m fastgda.neighbours", __doc__)
     parser.add_argument("--mode", choices=MODES, default="emoji")
     parser.add_argument("--ftype", required=True, help="feature that neighbours are sought in")
     parser.add_argument("--split", default="train", help="which queries: train, val or test")

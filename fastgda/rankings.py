@@ -14,7 +14,6 @@ Files: `.npz` with `rank` [Q, K] and optionally `score` [Q, K], or the released 
 
 from __future__ import annotations
 
-import argparse
 import logging
 import math
 import pickle
@@ -27,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from fastgda.core import atomic_path, command_line, load_npz, require_file, save_npz
+from fastgda.core import atomic_path, command_line, command_parser, load_npz, require_file, save_npz
 
 logger = logging.getLogger(__name__)
 
@@ -272,9 +271,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Converts a released ranking pickle to `.npz`, with its scores where it holds them."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fastgda.rankings", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("python -m fastgda.rankings", __doc__)
     convert = parser.add_subparsers(required=True).add_parser("convert", help=main.__doc__, description=main.__doc__)
     add = convert.add_argument
     add("source", type=Path, help="released pickle (influence_train.pkl, influence_test.pkl, nn_dino.pkl)")

@@ -10,7 +10,6 @@ dropped. A name that does not render is listed and skipped; unless the count equ
 
 from __future__ import annotations
 
-import argparse
 import base64
 import hashlib
 import io
@@ -34,7 +33,15 @@ import resvg_py
 from PIL import Image
 from tqdm import tqdm
 
-from fastgda.core import ROOT, atomic_path, command_line, manifest_difference, sha256_file, write_manifest
+from fastgda.core import (
+    ROOT,
+    atomic_path,
+    command_line,
+    command_parser,
+    manifest_difference,
+    sha256_file,
+    write_manifest,
+)
 
 LOCK_FILE = Path(__file__).with_name("emoji_lock.json")
 MINI_CONCEPTS = 140
@@ -324,11 +331,7 @@ def contact_sheet(rows: list[dict], pixels: int, per_set: int = 24, seed: int = 
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m feature_extraction.emoji",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("python -m feature_extraction.emoji", __doc__)
     mode_help = "all images at 64 px, or a small subset at 32 px"
     parser.add_argument("--mode", choices=sorted(PIXELS), default="emoji", help=mode_help)
     parser.add_argument("--out", type=Path, help="output folder (default: data/<mode>/trainset)")

@@ -16,14 +16,13 @@ has Ray Data make the shards, on this machine or on the nodes of the cluster at 
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 from collections.abc import Iterator
 
 import numpy as np
 
-from fastgda.core import command_line, load_npy
+from fastgda.core import command_line, command_parser, load_npy
 from fastgda.flags import add_flags, from_flags
 from feature_extraction.encoders import ENCODERS, concatenate, part_names
 from feature_extraction.extraction import ExtractConfig, Extraction, forget
@@ -123,11 +122,7 @@ def dry_run(config: ExtractConfig) -> None:
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m feature_extraction.extract",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("python -m feature_extraction.extract", __doc__)
     add_flags(parser, ExtractConfig)
     config = from_flags(ExtractConfig, parser.parse_args(argv))
     if config.dry_run:

@@ -16,7 +16,6 @@ or once images were removed from the index, it refuses to mix results.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 import sys
@@ -32,7 +31,15 @@ import torch
 from tqdm import tqdm
 
 from fastgda.attributor import Attribution
-from fastgda.core import atomic_path, command_line, manifest_path, save_json, sha256_file, write_manifest
+from fastgda.core import (
+    atomic_path,
+    command_line,
+    command_parser,
+    manifest_path,
+    save_json,
+    sha256_file,
+    write_manifest,
+)
 from fastgda.flags import add_flags, device, from_flags
 from fastgda.index.journal import JOURNAL
 from fastgda.index.metadata import COLUMNS
@@ -199,9 +206,7 @@ def _write(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m serving.batch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("python -m serving.batch", __doc__)
     parser.add_argument("bundle", type=Path, help="folder that python -m serving.bundle made")
     parser.add_argument("source", type=Path, help="pictures with prompts: see feature_extraction/sources.py")
     parser.add_argument("--out", type=Path, required=True, help="folder to write into")

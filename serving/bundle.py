@@ -15,7 +15,6 @@ an index that another ranker made.
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 import shutil
@@ -30,6 +29,7 @@ import pyarrow.parquet as pq
 
 from fastgda.core import (
     command_line,
+    command_parser,
     load_npy,
     manifest_path,
     read_manifest,
@@ -211,9 +211,7 @@ def _difference(wanted: dict[str, Any], found: dict[str, Any], name: str = "enco
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m serving.bundle", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("python -m serving.bundle", __doc__)
     commands = parser.add_subparsers(dest="what", required=True, metavar="COMMAND")
     build = commands.add_parser("build", help="make a bundle from extracted features and a ranker")
     info = commands.add_parser("info", help="what a bundle holds, after checking all of it")

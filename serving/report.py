@@ -8,7 +8,6 @@ Writes <out> and, beside it, the same as .json. `--images` is where the training
 
 from __future__ import annotations
 
-import argparse
 import html
 import json
 import sys
@@ -18,7 +17,7 @@ from typing import Any
 
 from PIL import Image
 
-from fastgda.core import atomic_path, command_line, save_json
+from fastgda.core import atomic_path, command_line, command_parser, save_json
 from feature_extraction.sources import Pictures, open_source
 from serving import html as pieces
 from serving.answer import Answer, creators_of, document, method
@@ -84,9 +83,7 @@ def page(found: dict[str, Any], answer: Answer, depth: int, training: Pictures |
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m serving.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("python -m serving.report", __doc__)
     parser.add_argument("bundle", type=Path, help="folder that python -m serving.bundle made")
     parser.add_argument("image", type=Path, help="generated picture")
     parser.add_argument("--prompt", required=True, help="what it was generated from")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 from collections.abc import Callable
@@ -288,6 +289,33 @@ def test_what_a_user_can_cause_is_one_line(capsys, raised, status, line):
 
     assert main([]) == status
     assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize("spelled", ["--dry_run", "--dry-run"])
+def test_options_may_be_spelled_with_dashes(spelled):
+    top = core.command_parser("x", "y")
+    commands = top.add_subparsers()
+    sub = commands.add_parser("build")
+    for parser in (top, sub):
+        parser.add_argument("--dry_run", action="store_true")
+        parser.add_argument("--feature_dir", default="")
+        parser.add_argument("--is_odd", action=argparse.BooleanOptionalAction)
+    sub.add_argument("words", nargs="*")
+    assert top.parse_args([spelled]).dry_run
+    found = top.parse_args(["build", spelled, "--feature-dir=a-b", "--no-is-odd", "c-d", "--", "--e-f"])
+    assert found.dry_run and found.is_odd is False
+    assert (found.feature_dir, found.words) == ("a-b", ["c-d", "--e-f"])
+    assert sub.parse_args(["--is-odd", "--feature-dir", "g-h"]).feature_dir == "g-h"
+
+
+@pytest.mark.parametrize("words", [["--dry"], ["build", "--dry"]])
+def test_options_are_not_abbreviated(words, capsys):
+    top = core.command_parser("x", "y")
+    for parser in (top, top.add_subparsers().add_parser("build")):
+        parser.add_argument("--dry_run", action="store_true")
+    with pytest.raises(SystemExit) as stopped:
+        top.parse_args(words)
+    assert stopped.value.code == 2 and "unrecognized arguments: --dry" in capsys.readouterr().err
 
 
 def test_status_of_success_and_what_only_a_bug_causes():

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fastgda.core import command_line, load_npy
+from fastgda.core import command_line, command_parser, load_npy
 from fastgda.index.calibrate import calibrate
 from fastgda.index.plan import describe, estimate, measured_flops, recommend
 from fastgda.index.segment import SegmentConfig
@@ -174,11 +174,7 @@ RUN: dict[str, Callable[[argparse.Namespace], None]] = {
 
 def parser() -> argparse.ArgumentParser:
     """All flags."""
-    top = argparse.ArgumentParser(
-        prog="python -m fastgda.index",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    top = command_parser("python -m fastgda.index", __doc__)
     commands = top.add_subparsers(dest="name", required=True, metavar="COMMAND")
     for name, text in HELP.items():
         example = f"example: python -m fastgda.index {EXAMPLES[name]}"
