@@ -33,7 +33,7 @@ from fastgda.core import (
     sha256_file,
 )
 from fastgda.credit import Credit, credit_path
-from fastgda.dataset import FTYPES, Layout, default_levels, layout, load_split
+from fastgda.dataset import FTYPES, RANK, Layout, default_levels, layout, load_split
 from fastgda.flags import add_flags, from_flags
 from fastgda.ranker import Ranker, load_ranker
 from fastgda.rankings import load_rankings
@@ -47,7 +47,6 @@ from serving.page import build_app, finish, launch, signals
 from serving.painter import Painter
 from serving.world import World, typical_distance
 
-EXTRACT = "python -m feature_extraction.extract"
 SOURCE = ROOT / "weights" / "emoji_ldm"
 """The testbed's source model."""
 
@@ -97,17 +96,16 @@ def load_world(config: DemoConfig, limits: Limits | None = None) -> World:
     if (folder / ftype).is_dir():
         folder = folder / ftype
     paths = layout(mode, ftype, config.data_dir, folder)
-    made_by = f"{EXTRACT} --mode {mode} --ftype {ftype}"
-    features = load_npy(paths.images, (len(images), None), finite=True, mmap=True, made_by=made_by)
+    features = load_npy(paths.images, (len(images), None), finite=True, mmap=True, made_by=paths.extract)
     weights = parse_weights(ftype, config.weights)
     join: Join = "raw" if mode == "coco" else "normalised"
     encoder_identity = identity(ftype, weights, join)
     # the released features came without a manifest
     has_manifest = mode == "emoji" or manifest_path(folder).is_file()
     if has_manifest and read_manifest(folder)["config"] != encoder_identity:
-        raise ValueError(f"{folder}: expected features of this {ftype}, found others; redo: {made_by}")
+        raise ValueError(f"{folder}: expected features of this {ftype}, found others; redo: {paths.extract}")
     ranker = load_ranker(config.checkpoint, in_dim=features.shape[1])
-    teacher = load_rankings(paths.ranking("test"), len(images), made_by="python -m abu.collect")
+    teacher = load_rankings(paths.ranking("test"), len(images), made_by=RANK[mode])
     if teacher.queries != len(queries):
         raise ValueError(f"{paths.ranking('test')}: expected {len(queries)} queries, found {teacher.queries}")
     known = load_known(config, images)

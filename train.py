@@ -174,6 +174,9 @@ def train_ranker(
     ranker = trainer.run()
     if not group.first:
         return levels
+    if trainer.best_epoch == 0:
+        found = f"no validation was better than the one before training, mAP(L) {trainer.best:.3f}"
+        print(f"warning: {output} holds the untrained ranker: {found}", file=sys.stderr)
     save_ranker(output, ranker, torch.float16 if args.half else torch.float32, ftype=args.ftype)
     command = f"python train.py {' '.join(argv)}".strip()
     write_manifest(output, recorded, command=command, inputs=inputs, history=trainer.history)

@@ -18,6 +18,8 @@ from fastgda.rankings import Rankings, load_rankings
 
 MODES = ("coco", "emoji")
 EXTRACT = "python -m feature_extraction.extract"
+RANK = {"coco": "bash scripts/download_data.sh", "emoji": "python -m benchmark.teacher"}
+"""What makes the rankings of each mode."""
 FTYPES = {"coco": "dino+clip_text", "emoji": "effnet+minilm"}
 """The feature type of each mode, where none is named."""
 COCO_LEVELS = (500, 1000, 4000)
@@ -61,6 +63,7 @@ class Layout:
     """Where a mode keeps its artifacts."""
 
     mode: str
+    ftype: str
     data_dir: Path
     feature_dir: Path
 
@@ -79,11 +82,16 @@ class Layout:
         """The features of the training images."""
         return self.feature_dir / "data_feats.npy"
 
+    @property
+    def extract(self) -> str:
+        """The command that makes the features."""
+        return f"{EXTRACT} --mode {self.mode} --ftype {self.ftype}"
+
 
 def layout(mode: str, ftype: str, data_dir: Path | None = None, feature_dir: Path | None = None) -> Layout:
     """The layout of `mode`, with the folders that the command line names in the place of the usual ones."""
     data_dir = data_dir or ROOT / "data" / mode
-    return Layout(mode, data_dir, feature_dir or data_dir / "feats" / ftype)
+    return Layout(mode, ftype, data_dir, feature_dir or data_dir / "feats" / ftype)
 
 
 def load_images(paths: Layout) -> np.ndarray:
@@ -91,14 +99,14 @@ def load_images(paths: Layout) -> np.ndarray:
 
     `ValueError` if missing, damaged or not finite.
     """
-    return _features(paths.images, None)
+    return _features(paths.images, None, paths.extract)
 
 
 def load_split(paths: Layout, split: str, images: np.ndarray, rank_file: Path | None = None) -> Split:
     """The queries of `split`; `ValueError` naming the files if features, rankings and training images disagree."""
     feature_file, rank_file = paths.features(split), rank_file or paths.ranking(split)
-    features = _features(feature_file, images.shape[1])
-    rankings = load_rankings(rank_file, len(images), made_by="python -m benchmark.teacher")
+    features = _features(feature_file, images.shape[1], paths.extract)
+    rankings = load_rankings(rank_file, len(images), made_by=RANK[paths.mode])
     if len(features) != rankings.queries:
         raise ValueError(
             f"{rank_file}: expected rankings of {len(features)} queries, as many as {feature_file} has rows, "
@@ -139,9 +147,9 @@ def unreadable(features: np.ndarray) -> np.ndarray:
     return ~np.any(features, axis=1)
 
 
-def _features(path: Path, dimension: int | None) -> np.ndarray:
+def _features(path: Path, dimension: int | None, made_by: str) -> np.ndarray:
     shape: Sequence[int | None] = (None, dimension)
-    features = load_npy(path, tuple(shape), mmap=True, made_by=EXTRACT)
+    features = load_npy(path, tuple(shape), mmap=True, made_by=made_by)
     if features.size == 0 or not np.issubdtype(features.dtype, np.floating):
         raise ValueError(f"{path}: expected rows of float features, found {features.dtype} {list(features.shape)}")
     if bad := _rows_not_finite(features):

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from fastgda.core import command_line, command_parser, load_npy, relative, sha256_file, write_manifest
-from fastgda.dataset import EXTRACT, MODES, layout, load_images, normalise
+from fastgda.dataset import MODES, layout, load_images, normalise
 from fastgda.index import FlatIndex
 from fastgda.rankings import Rankings, save_rankings
 
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     paths = layout(args.mode, args.ftype, args.data_dir)
     images = load_images(paths)
-    queries = load_npy(paths.features(args.split), (None, images.shape[1]), finite=True, made_by=EXTRACT)
+    queries = load_npy(paths.features(args.split), (None, images.shape[1]), finite=True, made_by=paths.extract)
     k = args.k or max(1, round(K / 118_287 * len(images)))
     if not 1 <= k <= len(images):
         raise ValueError(f"--k: expected 1..{len(images)}, the number of training images, found {k}")

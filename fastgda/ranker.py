@@ -72,16 +72,19 @@ class RankerConfig:
 
 
 class Dropout(nn.Dropout):
-    """Dropout whose mask is that of the whole batch where this process embeds a share of its rows."""
+    """Dropout whose mask is that of the whole batch where this process embeds a share of its rows.
+
+    One process draws its mask in the same way, because torch's own dropout draws another one on CUDA.
+    """
 
     batch: tuple[int, int] | None = None
     """(first row of the share, rows of the batch); absent where all rows are here."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Drops with probability `p` in training."""
-        if not self.training or not self.p or self.batch is None:
-            return super().forward(hidden)
-        first, rows = self.batch
+        if not self.training or not self.p:
+            return hidden
+        first, rows = self.batch or (0, len(hidden))
         mask = hidden.new_empty(rows, hidden.shape[1]).bernoulli_(1 - self.p).div_(1 - self.p)
         return hidden * mask[first : first + len(hidden)]
 

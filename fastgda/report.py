@@ -13,16 +13,18 @@ from fastgda.core import atomic_path, save_json
 
 
 def save_report(document: dict[str, Any], output: Path, *, released: bool = False) -> tuple[Path, ...]:
-    """Writes `output` with the suffixes .csv (one line per method and L) and .json (everything).
+    """Writes `output`, with or without such a suffix, as .csv (one line per method and L) and .json (everything).
 
     `released`: the .csv is the table of the only tuned ranker as the released code writes it, and that of all methods
     goes to <output>_methods.csv.
     """
-    table, full = output.with_suffix(".csv"), output.with_suffix(".json")
+    # any other dot belongs to the name: results/v1.2
+    stem = output.stem if output.suffix in (".csv", ".json") else output.name
+    table, full = output.with_name(f"{stem}.csv"), output.with_name(f"{stem}.json")
     first: tuple[Path, ...] = ()
     if released:
         save_released(document, table)
-        first, table = (table,), table.with_name(f"{table.stem}_methods.csv")
+        first, table = (table,), output.with_name(f"{stem}_methods.csv")
     lines: list[dict[str, Any]] = []
     for row in document["rows"]:
         for level, value in row["mAP"].items():

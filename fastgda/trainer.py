@@ -65,6 +65,8 @@ class Trainer:
         self.run_dir, self.device, self.tracker, self.group = run_dir, device, tracker, group or Group()
         if self.group.size > 1 and config.input_norm == "batch":
             raise ValueError(f"--input_norm batch: expected one process, found {self.group.size}; use layer")
+        if self.group.size > 1 and config.compile:
+            raise ValueError(f"--compile: expected one process, found {self.group.size}; leave it out")
         self.identity = runs.identity(config, levels, images, train, validation)
         self.sampler = make_sampler(config, train.rankings, len(images))
         self.loss = make_loss(config.loss, config.temperature)
@@ -95,6 +97,12 @@ class Trainer:
     def best(self) -> float:
         """Best mean validation mAP(L) so far."""
         return max((entry["score"] for entry in self.history if "score" in entry), default=-math.inf)
+
+    @property
+    def best_epoch(self) -> int:
+        """Epoch of the ranker with the best validation so far; 0 is before training."""
+        validated = [entry for entry in self.history if "score" in entry]
+        return max(validated, key=lambda entry: entry["score"])["epoch"]
 
     @property
     def kept(self) -> Ranker:

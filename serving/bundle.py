@@ -117,7 +117,8 @@ def training_source(folder: Path, metadata: list[Path], embed: Embed) -> Source:
     rows, other ids, or is not what the features were extracted from.
     """
     path = feature_path(folder, "data")
-    features = load_npy(path, (None, None), finite=True, mmap=True, made_by="python -m feature_extraction.extract")
+    made_by = f"python -m feature_extraction.extract --ftype {folder.name}"
+    features = load_npy(path, (None, None), finite=True, mmap=True, made_by=made_by)
     names = " ".join(map(str, metadata))
     if metadata and (found := count_rows(metadata)) != len(features):
         raise ValueError(f"{names}: expected {len(features)} rows, as many as {path}, found {found}")

@@ -15,7 +15,7 @@ from planted import LEVELS, write_planted
 
 from fastgda.core import ROOT
 from fastgda.distributed import Group
-from fastgda.ranker import load_ranker
+from fastgda.ranker import Dropout, load_ranker
 from fastgda.recipes import TrainConfig
 from fastgda.trainer import Trainer
 
@@ -61,10 +61,28 @@ def test_shares_are_a_partition_in_order(rows):
     assert np.concatenate(shares).tolist() == list(range(rows))
 
 
-def test_batch_norm_is_refused(tmp_path):
+def test_shares_of_a_mask_are_the_mask_of_the_whole_batch():
+    """And on the CPU torch's own."""
+    dropout, hidden = Dropout(0.3), torch.randn(7, 5)
+
+    def drop(layer, batch=None, rows=slice(None)):
+        dropout.batch = batch
+        torch.manual_seed(0)
+        return layer(hidden[rows])
+
+    whole = drop(dropout)
+    assert torch.equal(whole, drop(torch.nn.Dropout(0.3))) and 0 < (whole == 0).sum() < 35
+    shares = [drop(dropout, (rows.start, 7), rows) for rows in (slice(0, 4), slice(4, 7))]
+    assert torch.equal(torch.cat(shares), whole)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [(TrainConfig(input_norm="batch"), "--input_norm batch"), (TrainConfig(compile=True), "--compile")],
+)
+def test_what_needs_one_process_is_refused(tmp_path, config, message):
     images, splits = write_planted(tmp_path / "data", queries=20)
-    config = TrainConfig(input_norm="batch")
-    with pytest.raises(ValueError, match="--input_norm batch: expected one process, found 2"):
+    with pytest.raises(ValueError, match=f"{message}: expected one process, found 2"):
         Trainer(
             config,
             images,

@@ -191,6 +191,26 @@ def test_untuned_comparison_of_feature_types(world, capsys, rng):
     assert "teacher's reliability" not in capsys.readouterr().out
 
 
+def test_an_untrained_ranker_is_named(world, capsys):
+    assert train.main(train_arguments(world, "--epochs", "1", "--lr", "1e-12")) == 0
+    assert f"warning: {world / 'r.pth'} holds the untrained ranker" in capsys.readouterr().err
+    assert train.main(train_arguments(world, "--seed", "1")) == 0
+    assert "warning" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("output", "written"),
+    [
+        ("v1.2", ["v1.2.csv", "v1.2.json"]),
+        ("v1.2.csv", ["v1.2.csv", "v1.2.json"]),
+        ("report.json", ["report.csv", "report.json"]),
+    ],
+)
+def test_dots_in_the_name_of_a_report_stay(world, files_in, output, written):
+    assert evaluation.main(eval_arguments(world, "--output", str(world / "out" / output))) == 0
+    assert files_in(world / "out") == written
+
+
 def test_table_without_the_baseline(world, capsys):
     assert train.main(train_arguments(world, "--epochs", "1")) == 0
     capsys.readouterr()
@@ -224,6 +244,20 @@ def test_an_abbreviated_recipe_is_refused(world, capsys):
     with pytest.raises(SystemExit) as stopped:
         train.main(train_arguments(world, "--recip", "paper"))
     assert stopped.value.code == 2 and "unrecognized arguments: --recip paper" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("mode", "rankings"), [("emoji", "python -m benchmark.teacher"), ("coco", "bash scripts/download_data.sh")]
+)
+def test_what_is_missing_names_the_command_that_makes_it(world, capsys, mode, rankings):
+    command = ["--mode", mode, *train_arguments(world, "--sampling", "blocks")]
+    for missing, made_by in (
+        (RANKS, rankings),
+        (f"{FEATURES}/data_feats.npy", f"python -m feature_extraction.extract --mode {mode} --ftype planted"),
+    ):
+        (world / missing).unlink()
+        assert train.main(command) == 2
+        assert capsys.readouterr().err.endswith(f"{missing}: expected a file, found nothing; make it with: {made_by}\n")
 
 
 def overwrite(path: Path, change) -> None:
