@@ -5,15 +5,17 @@ python -m benchmark.tables            # rewrites what stands between <!-- result
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from fastgda.core import ROOT, atomic_path, command_line, require_file
+from benchmark.studies import LABELS, STUDIES
+from fastgda.core import ROOT, atomic_path, command_line, command_parser, require_file
+from fastgda.dataset import MODES
 
 BLOCK = re.compile(r"(<!-- results -->\n).*?(<!-- /results -->)", re.DOTALL)
 Report = dict[str, Any]
@@ -149,6 +151,120 @@ def forecast_table(report: Report) -> str:
     return markdown(["collection", "time", "memory", "disk"], rows)
 
 
+def training_table(report: Report) -> str:
+    """How soon each contender of `benchmark.ranker_speed` reaches the plain loop's mAP(L), and where its time goes."""
+    rows = []
+    for name, found in report["contenders"].items():
+        reached, faster = found["seconds_to_target"], found["times_as_fast"]
+        rows.append(
+            [
+                name.replace("_", " "),
+                "not reached" if reached is None else duration(reached),
+                "" if faster is None else f"{faster:.1f}×",
+                f"{found['pairs_per_second']:,.0f}",
+                f"{round(100 * found['matrix_products']['all'])} %",
+            ]
+        )
+    return markdown(["", "time to the target", "times as fast", "pairs per second", "matrix products"], rows)
+
+
+def extraction_table(report: Report) -> str:
+    """Images per second of feature extraction, and the ratio to the plain loop."""
+    rows = [
+        [name, f"{found['images_per_second']:,.1f}", f"{found['times_as_fast']:.2f}×"]
+        for name, found in report["rows"].items()
+    ]
+    return markdown(["", "images per second", "times as fast"], rows)
+
+
+def drift_table(report: Report) -> str:
+    """Change of mAP(L) by half precision, with its standard error over queries."""
+    levels = list(report["mAP"]["untuned"]["change"])
+    rows = [
+        [name, *(f"{found['change'][level]:+.4f} ± {found['standard_error'][level]:.4f}" for level in levels)]
+        for name, found in report["mAP"].items()
+    ]
+    return markdown(["", *(f"L = {level}" for level in levels)], rows)
+
+
+def study_table(report: Report) -> str:
+    """mAP(L) of each setting of a study, mean over the seeds, below the untuned feature that it starts from."""
+    levels = [str(level) for level in report["levels"]]
+    settings: dict[tuple[Any, str], list[Report]] = {}
+    for run in report["runs"]:
+        settings.setdefault((run["x"], run["series"]), []).append(run)
+    rows: list[list[str]] = []
+    start: list[str] = []
+    for (x, series), runs in settings.items():
+        untuned = [f"untuned {runs[0]['ftype']}", *(number(runs[0]["untuned"][level]) for level in levels)]
+        if untuned != start:
+            rows.append(untuned)
+            start = untuned
+        name = x if isinstance(x, str) else f"{x:,}"
+        rows.append(
+            [f"{name} {series}".strip(), *(number(fmean(run["mAP"][level] for run in runs)) for level in levels)]
+        )
+    return markdown([LABELS[report["study"]], *(f"L = {level}" for level in levels)], rows)
+
+
+def study_parts(results: Path) -> list[str]:
+    """A table for each of the paper's studies that is finished."""
+    found = [read(results, f"studies/{name}.json") for name in STUDIES if (results / f"studies/{name}.json").is_file()]
+    if not found:
+        return []
+    parts = ["The paper's studies on the testbed, mAP(L) of the test queries (`python -m benchmark.sweep`):"]
+    for report in found:
+        seeds, changed = report["seeds"], report["changed_from_the_best_recipe"]
+        text = f"{report['study'].capitalize()}, " + (f"means over {seeds} seeds" if seeds > 1 else "one seed")
+        if changed:
+            text += "; the base is the best recipe but for " + ", ".join(f"`{name}`" for name in changed)
+        parts += [f"{text}:", study_table(report)]
+    return parts
+
+
+def training_parts(results: Path) -> list[str]:
+    """What was measured of the speed of training the ranker and of extracting features, and of half precision."""
+    parts = []
+    for mode in MODES:
+        if (results / f"speed/ranker_{mode}.json").is_file():
+            report = read(results, f"speed/ranker_{mode}.json")
+            parts += [
+                f"Training the ranker until its validation mAP(L) is {report['target_mAP']:.3f}, the best of a plain "
+                f"loop in {duration(report['config']['plain_seconds'])}, on {machine(report)}; {report['images']:,} "
+                f"images, {report['training_queries']:,} queries with {report['candidates']:,} candidates each "
+                f"(`python -m benchmark.ranker_speed --mode {mode}`):",
+                training_table(report),
+            ]
+    if (results / "speed/extraction.json").is_file():
+        report = read(results, "speed/extraction.json")
+        parts += [
+            f"Extraction of {report['config']['ftype']} features from {report['images']:,} images on "
+            f"{report['threads']} cores (`python -m benchmark.extraction_speed`):",
+            extraction_table(report),
+        ]
+    if (results / "speed/feature_drift.json").is_file():
+        report = read(results, "speed/feature_drift.json")
+        drift = report["features"]["data"]
+        parts += [
+            f"Extraction of {report['ftype']} features in half precision turns those of {drift['images']:,} training "
+            f"images by 1 − cosine = {drift['mean']:.1e} on average, {drift['max']:.1e} at most, and changes the "
+            "mAP(L) of the test queries by (`python -m benchmark.feature_drift`):",
+            drift_table(report),
+        ]
+    return parts
+
+
+def machine(report: Report) -> str:
+    """What a report was measured on."""
+    on_gpu = report["device"].startswith("cuda")
+    return f"one {report['environment']['gpu']}" if on_gpu else f"{report['threads']} cores"
+
+
+def read(results: Path, name: str) -> Report:
+    """A report of the folder `results`; `ValueError` if it is not there."""
+    return json.loads(require_file(results / name).read_text())
+
+
 def duration(seconds: float) -> str:
     """Seconds, minutes, hours or days."""
     for size, unit in ((86_400, "days"), (3_600, "h"), (60, "min")):
@@ -159,11 +275,7 @@ def duration(seconds: float) -> str:
 
 def results_block(results: Path) -> str:
     """Everything between the markers of README.md."""
-
-    def read(name: str) -> Report:
-        return json.loads(require_file(results / name).read_text())
-
-    features = read("ranker/features.json")
+    features = read(results, "ranker/features.json")
     parts = [
         f"mAP(L) on {features['queries']} held-out test queries, whose concepts no training query shares; "
         f"{features['images']:,} training images, mean ± standard error over queries "
@@ -174,11 +286,12 @@ def results_block(results: Path) -> str:
         parts += [
             "The best recipe (the teacher of a finite step, listwise loss) beside the paper's (first order, K-NN "
             "candidates, binary cross-entropy), judged by the finite step and then by the first order:",
-            evaluation_table(read("ranker/recipes.json"), recipe_name),
-            evaluation_table(read("ranker/recipes_plain.json"), recipe_name),
+            evaluation_table(read(results, "ranker/recipes.json"), recipe_name),
+            evaluation_table(read(results, "ranker/recipes_plain.json"), recipe_name),
         ]
+    parts += study_parts(results)
     if (results / "teacher/exact.json").is_file():
-        exact = read("teacher/exact.json")
+        exact = read(results, "teacher/exact.json")
         parts += [
             f"Amortised AbU+ (all queries in one pass) against the exact loss change after unlearning, on "
             f"{exact['config']['queries']} test queries and the whole training set, the same draws on both sides "
@@ -186,7 +299,7 @@ def results_block(results: Path) -> str:
             exact_table(exact),
         ]
     if (results / "speed/amortised_emoji.json").is_file():
-        first, second = read("speed/amortised_emoji.json"), read("speed/second_order_emoji.json")
+        first, second = (read(results, f"speed/{name}_emoji.json") for name in ("amortised", "second_order"))
         parts += [
             f"Time of the exact form and of the amortised one, first and second order, for all {features['images']:,} "
             f"images with 20 draws each on {first['threads']} cores, gradients of the queries included "
@@ -195,7 +308,7 @@ def results_block(results: Path) -> str:
             amortised_table(first, second),
         ]
     if (results / "speed/amortised_coco.json").is_file():
-        scale = read("speed/amortised_coco.json")["paper_scale"]
+        scale = read(results, "speed/amortised_coco.json")["paper_scale"]
         parts += [
             f"The paper's collection on MSCOCO ({scale['images']:,} images × {scale['views']} views × "
             f"{scale['queries']:,} queries, 20 timesteps × 5 captions) on those cores, from the measured cost of a few "
@@ -208,12 +321,13 @@ def results_block(results: Path) -> str:
         parts += [
             "Beside others' code and a plain loop (`python -m benchmark.factors`, `benchmark.exact_sweep`, "
             "`benchmark.metric_speed`):",
-            peers_table(*map(read, peers)),
+            peers_table(*(read(results, name) for name in peers)),
         ]
+    parts += training_parts(results)
     if (results / "speed/forecast.json").is_file():
         parts += [
             "What `--dry_run` predicts, against what the collection then took (`python -m benchmark.forecast`):",
-            forecast_table(read("speed/forecast.json")),
+            forecast_table(read(results, "speed/forecast.json")),
         ]
     return "\n\n".join(parts)
 
@@ -228,10 +342,7 @@ def with_results(readme: str, block: str) -> str:
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmark.tables", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.parse_args(argv)
+    command_parser("python -m benchmark.tables", __doc__).parse_args(argv)
     readme = ROOT / "README.md"
     text = with_results(readme.read_text(), results_block(ROOT / "results"))
     with atomic_path(readme) as temporary:
