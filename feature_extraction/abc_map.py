@@ -62,6 +62,10 @@ class AbC:
             )
 
     def encode(self, images: list[Image.Image], captions: list[str]) -> np.ndarray:
-        """Features [B, D] float32 of unit length; the captions are not used."""
+        """Features [B, D] float32 of unit length; the captions are not used.
+
+        The map is float32 where the backbone runs in half precision, too: it lies on the CPU and costs next to nothing.
+        """
         features = torch.from_numpy(self.backbone.encode(images, captions))
-        return F.normalize(F.linear(features, self.matrix, self.bias), dim=1).numpy()
+        with torch.autocast("cpu", enabled=False):
+            return F.normalize(F.linear(features, self.matrix, self.bias), dim=1).numpy()

@@ -12,6 +12,7 @@ from small_world import draw
 
 from feature_extraction.abc_map import AbC
 from feature_extraction.encoders import (
+    Bfloat16,
     Composition,
     MiniLMText,
     Pixel,
@@ -137,3 +138,12 @@ def test_half_precision_drifts_little_and_says_so() -> None:
     assert isinstance(full, MiniLMText) and b.dtype == np.float32
     assert np.abs(a - b).max() > 0 and ((a * b).sum(1) > 0.999 * np.linalg.norm(b, axis=1)).all()
     assert identity("minilm", precision="bfloat16") == identity("minilm") | {"precision": "bfloat16"}
+
+
+def test_half_precision_leaves_the_map_of_abc_as_it_is(tmp_path: Path) -> None:
+    """The map is float32 under autocast: on a backbone without matrix products nothing changes at all."""
+    abc_checkpoint(tmp_path / "abc.pth", Pixel.dim, "linear")
+    images = [draw(colour, "circle", "flat") for colour in ("red", "blue")]
+    full = AbC(Pixel(), tmp_path / "abc.pth", query=False)
+    found = Bfloat16(full, CPU).encode(images, ["", ""])
+    assert found.dtype == np.float32 and np.array_equal(found, full.encode(images, ["", ""]))
