@@ -44,8 +44,7 @@ def encode_on_workers(work: Extraction, ftype: str, split: str) -> None:
     missing = plan.missing(plan.share())
     if not missing:
         return
-    if config.bf16:
-        work.load(ftype, split)  # measures the drift that the manifest records
+    work.measure(ftype, split)
     assert config.workers is not None
     workers = min(config.workers, len(missing))
     threads = config.threads or max(1, (os.cpu_count() or 1) // config.workers)

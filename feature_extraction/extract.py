@@ -66,7 +66,7 @@ def finish(work: Extraction, ftype: str, todo: list[str], current: dict[str, str
                 encode_on_workers(work, ftype, split)
             elif not work.config.merge:
                 work.encode(ftype, [split])
-            work.plan(ftype, split).merge(folder, split)
+            work.merge(ftype, split)
         current[split] = work.hashes[split]
         work.record(ftype, current)
         if skipped := read_skipped(folder, split):

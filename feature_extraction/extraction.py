@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from fastgda.core import ROOT, best_device, manifest_path, read_manifest, relative, write_manifest
+from fastgda.core import ROOT, best_device, manifest_path, read_manifest, relative, save_json, write_manifest
 from feature_extraction.encoders import (
     ENCODERS,
     Encoder,
@@ -24,6 +25,9 @@ from feature_extraction.measure import Drift, drift
 from feature_extraction.readers import SPLITS
 from feature_extraction.shards import Plan, feature_path, read_skipped, skipped_path
 from feature_extraction.sources import COCO_SPLITS, Pictures, open_source, open_split
+
+DRIFT = "drift.json"
+"""Note of the drift, beside the shards that were made in half precision."""
 
 
 @dataclass(frozen=True)
@@ -171,19 +175,34 @@ class Extraction:
         return plan.share(self.config.shard or 0, self.config.shards)
 
     def load(self, ftype: str, split: str) -> Encoder:
-        """The encoder of `ftype` for `split`, kept until another is asked for.
+        """The encoder of `ftype` for `split`, kept until another is asked for."""
+        key = ftype, split != "data" and asymmetric(ftype)
+        if key not in self._loaded:
+            self._loaded = {key: self._load(*key, self.precision)}
+        return self._loaded[key]
 
-        In half precision its drift is measured and printed at the first time.
+    def _load(self, ftype: str, query: bool, precision: Precision) -> Encoder:
+        return load_encoder(ftype, self.config.torch_device, self.weights, query, self.config.joined, precision)
+
+    def measure(self, ftype: str, split: str) -> None:
+        """In half precision, prints by how much features turn and notes it beside the shards, for who merges them.
+
+        It is measured once, however many processes make the shards and however often they are interrupted.
         """
-        query = split != "data" and asymmetric(ftype)
-        if (ftype, query) not in self._loaded:
-            arguments = ftype, self.config.torch_device, self.weights, query, self.config.joined
-            encoder = load_encoder(*arguments, self.precision)
-            if self.config.bf16 and ftype not in self.drifts:
-                self.drifts[ftype] = drift(encoder, load_encoder(*arguments, "float32"), self.tables[split])
-                print(f"{ftype}, bfloat16 against float32: {self.drifts[ftype]}")
-            self._loaded = {(ftype, query): encoder}
-        return self._loaded[ftype, query]
+        if not self.config.bf16:
+            return
+        self.recall(ftype, split)
+        if ftype not in self.drifts:
+            reference = self._load(ftype, split != "data" and asymmetric(ftype), "float32")
+            self.drifts[ftype] = drift(self.load(ftype, split), reference, self.tables[split])
+            print(f"{ftype}, bfloat16 against float32: {self.drifts[ftype]}")
+        save_json(self.plan(ftype, split).folder / DRIFT, asdict(self.drifts[ftype]))
+
+    def recall(self, ftype: str, split: str) -> None:
+        """Takes up the drift that was noted when the shards of `split` were made."""
+        note = self.plan(ftype, split).folder / DRIFT
+        if ftype not in self.drifts and note.is_file():
+            self.drifts[ftype] = Drift(**json.loads(note.read_text()))
 
     def encode(self, ftype: str, splits: list[str]) -> None:
         """Makes the shards of this process that are missing."""
@@ -191,7 +210,23 @@ class Extraction:
             plan = self.plan(ftype, split)
             starts = self.share(plan)
             if plan.missing(starts):
+                self.measure(ftype, split)
                 plan.extract(self.load(ftype, split), starts, f"{ftype} {split}")
+
+    def merge(self, ftype: str, split: str) -> None:
+        """Puts the shards of `split` together."""
+        self.recall(ftype, split)
+        self.plan(ftype, split).merge(self.folder(ftype), split)
+
+    def known_drifts(self, ftype: str) -> dict[str, Any]:
+        """The drift of each part of `ftype`: of this run, else what the manifest of its features says."""
+        known = {}
+        for part in part_names(ftype):
+            if part in self.drifts:
+                known[part] = asdict(self.drifts[part])
+            elif manifest_path(self.folder(part)).is_file():
+                known |= read_manifest(self.folder(part)).get("drift", {})
+        return known
 
     def record(self, ftype: str, current: dict[str, str]) -> None:
         """Writes the manifest of the splits that are there."""
@@ -206,7 +241,7 @@ class Extraction:
             inputs=current,
             files=tuple(file for file in files if file.is_file()),
             skipped={split: len(read_skipped(folder, split)) for split in current},
-            drift={part: asdict(found) for part, found in self.drifts.items() if part in part_names(ftype)},
+            drift=self.known_drifts(ftype),
         )
 
 

@@ -11,12 +11,17 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
+import torch
 from ray.cluster_utils import Cluster
 from small_world import rows, write_table
 
+from fastgda.core import read_manifest
+from feature_extraction import cluster, extraction
 from feature_extraction.extract import main as extract
+from feature_extraction.extraction import ExtractConfig
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +64,21 @@ def test_too_many_unreadable_pictures_stop_the_workers(nodes, tmp_path: Path, ca
     assert extract(command(tmp_path / "pictures.parquet", tmp_path / "out", "--workers", "1", "--threads", "1")) == 2
     assert "at most 20.00% unreadable pictures" in capsys.readouterr().err
     assert not (tmp_path / "out/pixel/data_feats.npy").exists()
+
+
+def test_drift_is_measured_where_shards_are_written(tmp_path: Path, monkeypatch, files_in) -> None:
+    """Not by each worker; and it is recorded although the shards were made before."""
+    write_table(tmp_path / "pictures.parquet", rows(6))
+    half = command(tmp_path / "pictures.parquet", tmp_path, "--bf16")
+    assert extract([*half, "--shards", "1", "--shard", "0"]) == 0
+    monkeypatch.setattr(extraction, "drift", lambda *_: pytest.fail("measured again"))
+    config = ExtractConfig(ftype="pixel", source=tmp_path / "pictures.parquet", device="cpu", bf16=True)
+    worker = cluster.ShardWorker(config, "pixel", "data", torch.get_num_threads())
+    assert worker({"start": np.array([0])})["features"].shape == (1, 6, 768)
+    assert extract([*half, "--workers", "1", "--threads", "1"]) == 0
+    found = read_manifest(tmp_path / "pixel")["drift"]["pixel"]
+    assert found == pytest.approx({"images": 6, "mean": 0, "max": 0}, abs=1e-12)
+    assert files_in(tmp_path / "pixel") == ["data_feats.npy", "manifest.json"]
 
 
 def test_workers_and_shards_exclude_each_other(tmp_path: Path, capsys) -> None:

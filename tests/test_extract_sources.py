@@ -213,6 +213,28 @@ def test_half_precision_is_measured_and_recorded(tmp_path: Path, capsys) -> None
     assert manifest["config"]["precision"] == "bfloat16" and manifest["command"].endswith(" --bf16")
 
 
+def test_drift_outlives_the_process_that_measured_it(tmp_path: Path, capsys, files_in) -> None:
+    """Measured by the first of two processes, recorded by the merge, kept by later runs and by a composition."""
+    write_data(tmp_path)
+    common = ["--data_dir", str(tmp_path), "--device", "cpu", "--shard_rows", "2", "--bf16"]
+    text = [*common, "--ftype", "minilm", "--splits", "test_query"]
+    for process in "01":
+        assert main([*text, "--shards", "2", "--shard", process]) == 0
+    assert capsys.readouterr().out.count("cosine drift") == 1
+    assert main([*text, "--merge"]) == 0
+    folder = tmp_path / "feats" / "minilm"
+    drift = read_manifest(folder)["drift"]
+    assert drift["minilm"]["images"] == 4 and drift["minilm"]["max"] > 0
+    assert files_in(folder) == ["manifest.json", "test_query_feats.npy"]
+    assert main([*common, "--ftype", "minilm+pixel", "--splits", "test_query"]) == 0
+    assert read_manifest(tmp_path / "feats" / "minilm+pixel")["drift"]["minilm"] == drift["minilm"]
+    assert main([*text[:-1], "train_query", "--shards", "1", "--shard", "0"]) == 0
+    for note in folder.rglob("drift.json"):
+        note.unlink()
+    assert main([*text[:-1], "train_query", "--merge"]) == 0
+    assert read_manifest(folder)["drift"] == drift, "what the manifest said before"
+
+
 def test_the_testbeds_parquet_is_read_alike(tmp_path: Path) -> None:
     table = rows(6)
     write_table(tmp_path / "t.parquet", [table[row] for row in (3, 0, 5, 4, 1, 2)])
