@@ -38,6 +38,7 @@ class AbC:
     """One of the two maps on its backbone."""
 
     reads_images = True
+    reads_captions = False
 
     def __init__(self, backbone: Backbone, checkpoint: Path, query: bool) -> None:
         """`query` takes the map of generated images. `ValueError` naming `checkpoint` if it holds other weights."""

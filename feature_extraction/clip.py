@@ -46,6 +46,7 @@ class CLIPImage:
     name = "clip"
     dim = WIDTH
     reads_images = True
+    reads_captions = False
 
     def __init__(self, weights: Path, device: torch.device) -> None:
         self.device = device
@@ -65,6 +66,7 @@ class CLIPText:
     name = "clip_text"
     dim = WIDTH
     reads_images = False
+    reads_captions = True
 
     def __init__(self, weights: Path, device: torch.device) -> None:
         import open_clip

@@ -111,6 +111,7 @@ class EffNet:
     name = "effnet"
     dim = WIDTH
     reads_images = True
+    reads_captions = False
 
     def __init__(self, weights: Path, device: torch.device) -> None:
         self.device = device

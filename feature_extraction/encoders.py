@@ -41,6 +41,10 @@ class Encoder(Protocol):
     def reads_images(self) -> bool:
         """Whether `encode` looks at the images; where not, an empty list will do and no picture need be decoded."""
 
+    @property
+    def reads_captions(self) -> bool:
+        """Whether `encode` looks at the captions; where not, empty ones will do and none need be fetched."""
+
     def encode(self, images: list[Image.Image], captions: list[str]) -> np.ndarray:
         """Features [B, D] float32, a row for each caption, the same for any batch."""
 
@@ -51,6 +55,7 @@ class Pixel:
     name = "pixel"
     dim = 3 * PIXEL_SIDE**2
     reads_images = True
+    reads_captions = False
 
     def encode(self, images: list[Image.Image], captions: list[str]) -> np.ndarray:
         """Features [B, 768]: the whole picture reduced by averaging, rows of pixels, channels last."""
@@ -67,6 +72,7 @@ class MiniLMText:
     name = "minilm"
     dim = minilm.WIDTH
     reads_images = False
+    reads_captions = True
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.text = minilm.MiniLM(folder, device)
@@ -87,6 +93,7 @@ class Composition:
         self.name = "+".join(part.name for part in self.parts)
         self.dim = sum(part.dim for part in self.parts)
         self.reads_images = any(part.reads_images for part in self.parts)
+        self.reads_captions = any(part.reads_captions for part in self.parts)
 
     def encode(self, images: list[Image.Image], captions: list[str]) -> np.ndarray:
         """Features [B, D], see `concatenate`."""
@@ -108,7 +115,8 @@ class Bfloat16:
     """An encoder whose matrix products and convolutions run in bfloat16; the features are float32 as before."""
 
     def __init__(self, encoder: Encoder, device: torch.device) -> None:
-        self.name, self.dim, self.reads_images = encoder.name, encoder.dim, encoder.reads_images
+        self.name, self.dim = encoder.name, encoder.dim
+        self.reads_images, self.reads_captions = encoder.reads_images, encoder.reads_captions
         self.encoder = encoder
         self.device = device
 

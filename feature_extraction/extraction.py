@@ -148,7 +148,7 @@ class Extraction:
         for table in self.tables.values():
             if len(table) == 0:
                 raise ValueError(f"{table.path}: expected pictures, found none")
-            if not {"clip_text", "minilm"}.isdisjoint(parts) and not any(table.captions):
+            if not {"clip_text", "minilm"}.isdisjoint(parts) and not captioned(table):
                 raise ValueError(f"{table.path}: expected captions for an encoder of text, found none")
         self.hashes = {split: table.fingerprint for split, table in self.tables.items()}
         self.precision: Precision = "bfloat16" if config.bf16 else "float32"
@@ -243,6 +243,17 @@ class Extraction:
             skipped={split: len(read_skipped(folder, split)) for split in current},
             drift=self.known_drifts(ftype),
         )
+
+
+def captioned(table: Pictures) -> bool:
+    """Whether any picture has a caption; a damaged one is none."""
+    for row in range(len(table)):
+        try:
+            if table.captions[row]:
+                return True
+        except ValueError:
+            continue
+    return False
 
 
 def current_splits(folder: Path, encoder: dict[str, Any], hashes: dict[str, str]) -> dict[str, str]:

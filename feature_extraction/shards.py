@@ -2,7 +2,8 @@
 
 A shard is a run of rows under <feats>/<ftype>/.shards/<split>-<hash>, written whole: features, and a note of its ids
 and of the pictures that could not be read. The hash stands for encoder, pictures and shard size, so shards of other
-work are never taken. A picture that cannot be read gets a row of zeros: its cosine with everything is 0.
+work are never taken. A picture that cannot be read, or whose caption cannot where the encoder reads it, gets a row of
+zeros: its cosine with everything is 0.
 """
 
 from __future__ import annotations
@@ -152,24 +153,26 @@ class Plan:
 
 
 def encode_rows(encoder: Encoder, table: Pictures, rows: range, bar: tqdm | None = None) -> tuple[np.ndarray, Skipped]:
-    """(features [rows, D], pictures that could not be read); pictures are decoded only for an encoder that reads them.
+    """(features [rows, D], what could not be read); pictures and captions are fetched only for an encoder of them.
 
     Batches begin at the first of `rows`, so that a shard's features do not depend on who makes it.
     """
     features = np.zeros((len(rows), encoder.dim), np.float32)
     skipped: Skipped = []
     for start in range(rows.start, rows.stop, BATCH):
-        images, readable = [], []
+        images, captions, readable = [], [], []
         for row in range(start, min(start + BATCH, rows.stop)):
             try:
+                caption = table.caption(row) if encoder.reads_captions else ""
                 if encoder.reads_images:
                     images.append(table.image(row))
-                readable.append(row)
             except ValueError as error:
                 skipped.append({"id": row, "key": table.keys[row], "reason": str(error)})
+            else:
+                captions.append(caption)
+                readable.append(row)
         if readable:
-            encoded = encoder.encode(images, [table.caption(row) for row in readable])
-            features[np.asarray(readable) - rows.start] = encoded
+            features[np.asarray(readable) - rows.start] = encoder.encode(images, captions)
         if bar is not None:
             bar.update(min(BATCH, rows.stop - start))
     return features, skipped

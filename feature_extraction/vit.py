@@ -87,6 +87,7 @@ class ViT:
     """A frozen vision transformer."""
 
     reads_images = True
+    reads_captions = False
 
     def __init__(self, name: str, architecture: Architecture, weights: Path, device: torch.device) -> None:
         self.name = name

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from small_world import png, rows, write_data, write_table
+from test_sources import write_tar
 
 from fastgda.core import read_manifest, verify_artifact
 from feature_extraction.encoders import Pixel, load_encoder
@@ -105,6 +106,22 @@ def test_unreadable_pictures_are_listed_and_keep_their_rows(tmp_path: Path, caps
     assert coco(tmp_path, "--splits", "data") == 0
     assert np.array_equal(features(tmp_path), expected_pixels(table))
     assert not (tmp_path / "feats" / "pixel" / "data_skipped.json").exists()
+
+
+def test_a_damaged_caption_stops_encoders_of_text_alone(tmp_path: Path, capsys) -> None:
+    table = rows(4)
+    members = [(f"{row}.png", entry["image"]) for row, entry in enumerate(table)]
+    members += [(f"{row}.json", b'{"caption": "x"}' if row else b"{") for row in range(4)]
+    write_tar(tmp_path / "t.tar", members)
+    flags = ["--source", str(tmp_path / "t.tar"), "--out", str(tmp_path / "feats"), "--device", "cpu"]
+    assert main([*flags, "--ftype", "pixel", "--max_corrupt", "0"]) == 0
+    assert np.array_equal(features(tmp_path), expected_pixels(table))
+    assert main([*flags, "--ftype", "pixel+minilm"]) == 2
+    assert "t.tar, id 0 (0): expected a JSON record" in capsys.readouterr().err
+    assert main([*flags, "--ftype", "pixel+minilm", "--max_corrupt", "0.5"]) == 0
+    (skipped,) = json.loads((tmp_path / "feats" / "pixel+minilm" / "data_skipped.json").read_text())
+    assert skipped["id"] == 0 and "expected a JSON record" in skipped["reason"]
+    assert features(tmp_path, "pixel+minilm").any(1).tolist() == [False, True, True, True]
 
 
 @pytest.mark.parametrize("processes", [2, 5])
