@@ -174,8 +174,12 @@ def _metadata_lines(path: Path) -> Iterator[tuple[int, Any]]:
     if path.suffix == ".csv":
         with open(path, encoding="utf-8-sig", errors="replace", newline="") as handle:
             reader = csv.DictReader(handle)
-            for entry in reader:
-                yield reader.line_num, entry
+            try:
+                for entry in reader:
+                    yield reader.line_num, entry
+            except csv.Error as error:
+                line = reader.reader.line_num  # `reader` itself counts whole lines only
+                raise ValueError(f"{path}, line {line}: expected CSV, found a damaged line ({error})") from error
         return
     with open(path, "rb") as handle:
         for line, text in enumerate(handle, 1):

@@ -116,6 +116,7 @@ def test_folder_with_metadata(tmp_path: Path, kind: str) -> None:
         ("metadata.jsonl", "[]", 1),
         ("metadata.csv", "name,text\na,b\n", 2),
         ("metadata.csv", "file_name,text\na,b\n,c\n", 3),
+        ("metadata.csv", f"file_name,text\na,b\nc,{'x' * 131_073}\n", 3),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path: Path, name: str, text: str, line: int) -> None:
