@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any, overload
 
 import numpy as np
@@ -67,7 +68,8 @@ class ParquetPictures:
         self.captions = [captions_of(rows[place]) for place in self._places]
         self.keys = [_key(rows[place], row) for row, place in enumerate(self._places)]
         self.fingerprint = digest.hexdigest()
-        self._group = lru_cache(maxsize=1)(self._read_group)
+        # rows are asked for in order by several threads, which may stand in two groups; none is to be read twice
+        self._group, self._reading = lru_cache(maxsize=2)(self._read_group), Lock()
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -85,7 +87,9 @@ class ParquetPictures:
         """The decoded picture of `row`."""
         place = int(self._places[row])
         number = bisect_right(self._starts, place) - 1
-        value = self._group(number)[place - self._starts[number]].as_py()
+        with self._reading:
+            column = self._group(number)
+        value = column[place - self._starts[number]].as_py()
         encoded = value.get("bytes") if isinstance(value, dict) else value
         name = f"{self._groups[number][0]}, id {row}"
         if encoded is None:

@@ -22,6 +22,9 @@ MAX_PIXELS = 50_000_000
 COLUMNS = ("id", "image", "captions", "concept", "set")
 SPLITS = ("data", "train_query", "val_query", "test_query")
 
+# the size is checked here; for good, because warnings.catch_warnings around each call is not safe in threads
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
 
 def open_image(source: bytes | str | Path, name: str = "") -> Image.Image:
     """A whole RGB image, upright by its EXIF tag, transparent parts on white.
@@ -33,9 +36,7 @@ def open_image(source: bytes | str | Path, name: str = "") -> Image.Image:
         name = name or str(source)
         require_file(source)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            picture = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        picture = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name}: expected at most {MAX_PIXELS / 1e6:.0f} megapixels, found more ({error})") from error
     except (OSError, ValueError, SyntaxError, struct.error) as error:

@@ -12,11 +12,15 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from fastgda.core import atomic_path, load_npy, require_file, save_json, save_npy
@@ -24,6 +28,8 @@ from feature_extraction.encoders import Encoder
 from feature_extraction.sources import Pictures
 
 BATCH = 64
+READERS = 4
+"""Threads that read pictures while the network has the batch before; Pillow decodes outside Python's lock."""
 Skipped = list[dict[str, Any]]
 """Pictures that could not be read: {"id", "key", "reason"}, by id."""
 
@@ -159,23 +165,34 @@ def encode_rows(encoder: Encoder, table: Pictures, rows: range, bar: tqdm | None
     """
     features = np.zeros((len(rows), encoder.dim), np.float32)
     skipped: Skipped = []
-    for start in range(rows.start, rows.stop, BATCH):
-        images, captions, readable = [], [], []
-        for row in range(start, min(start + BATCH, rows.stop)):
-            try:
-                caption = table.caption(row) if encoder.reads_captions else ""
-                if encoder.reads_images:
-                    images.append(table.image(row))
-            except ValueError as error:
-                skipped.append({"id": row, "key": table.keys[row], "reason": str(error)})
-            else:
-                captions.append(caption)
+    batches = [range(start, min(start + BATCH, rows.stop)) for start in range(rows.start, rows.stop, BATCH)]
+    with ThreadPoolExecutor(READERS) as pool:
+        asked = ((batch, pool.map(partial(_read, encoder, table), batch)) for batch in batches)
+        # a pair is begun with both its batches asked for: one is read while the one before it is encoded
+        for (batch, found), _ahead in pairwise(chain(asked, [(range(0), iter(()))])):
+            images, captions, readable = [], [], []
+            for row, (image, caption, reason) in zip(batch, found, strict=True):
+                if reason:
+                    skipped.append({"id": row, "key": table.keys[row], "reason": reason})
+                    continue
                 readable.append(row)
-        if readable:
-            features[np.asarray(readable) - rows.start] = encoder.encode(images, captions)
-        if bar is not None:
-            bar.update(min(BATCH, rows.stop - start))
+                captions.append(caption)
+                if image is not None:
+                    images.append(image)
+            if readable:
+                features[np.asarray(readable) - rows.start] = encoder.encode(images, captions)
+            if bar is not None:
+                bar.update(len(batch))
     return features, skipped
+
+
+def _read(encoder: Encoder, table: Pictures, row: int) -> tuple[Image.Image | None, str, str]:
+    """(picture, caption, why they cannot be read): what `encoder` does not look at is not fetched."""
+    try:
+        caption = table.caption(row) if encoder.reads_captions else ""
+        return table.image(row) if encoder.reads_images else None, caption, ""
+    except ValueError as error:
+        return None, "", str(error)
 
 
 def write_rows(path: Path, blocks: Iterator[np.ndarray], rows: int, width: int) -> None:

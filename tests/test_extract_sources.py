@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
+from threading import Event
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from small_world import png, rows, write_data, write_table
 from test_sources import write_tar
 
 from fastgda.core import read_manifest, verify_artifact
+from feature_extraction.archives import ParquetPictures
 from feature_extraction.encoders import Pixel, load_encoder
 from feature_extraction.extract import main
 from feature_extraction.extraction import ExtractConfig
 from feature_extraction.measure import drift
 from feature_extraction.readers import open_image, read_table
+from feature_extraction.shards import encode_rows
 from feature_extraction.sources import open_source
 
 
@@ -196,6 +202,48 @@ def test_dry_run_counts_the_share_of_this_process(tmp_path: Path, capsys) -> Non
     assert coco(tmp_path, *flags, "--shards", "3", "--shard", "2") == 0
     assert "data_feats.npy: 2 images" in capsys.readouterr().out
     assert not (tmp_path / "feats").exists()
+
+
+class OneByOne(Pixel):
+    """The pixel encoder, which says what it is given, and whether the next batch is then being read."""
+
+    def __init__(self, reading: Event) -> None:
+        self.reading = reading
+        self.batches: list[int] = []
+        self.overlapped: list[bool] = []
+
+    def encode(self, images, captions):
+        self.batches.append(len(images))
+        self.overlapped.append(self.reading.wait(5 if len(self.batches) == 1 else 0))
+        return super().encode(images, captions)
+
+
+def test_the_next_batch_is_read_while_one_is_encoded(tmp_path: Path, monkeypatch) -> None:
+    """Rows keep their order and what cannot be read is listed; every row group of a Parquet file is read once."""
+    table = rows(150)
+    for row in (3, 100):
+        table[row]["image"] = b"no picture"
+    pq.write_table(pa.Table.from_pylist(table), tmp_path / "t.parquet", row_group_size=40)
+    groups, reading = [], Event()
+    read_group = ParquetPictures._read_group
+
+    def slow(self, number):
+        groups.append(number)
+        time.sleep(0.01)
+        if number == 2:
+            reading.set()
+        return read_group(self, number)
+
+    monkeypatch.setattr(ParquetPictures, "_read_group", slow)
+    encoder = OneByOne(reading)
+    found, skipped = encode_rows(encoder, open_source(tmp_path / "t.parquet"), range(150))
+    assert encoder.batches == [63, 63, 22]
+    assert encoder.overlapped[0], "rows 80 to 127 belong to the second batch"
+    assert sorted(groups) == [0, 1, 2, 3]
+    assert [entry["id"] for entry in skipped] == [3, 100]
+    readable = [row for row in range(150) if row not in (3, 100)]
+    assert np.array_equal(found[readable], expected_pixels([table[row] for row in readable]))
+    assert not found[[3, 100]].any()
 
 
 class Turned(Pixel):
