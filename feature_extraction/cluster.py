@@ -58,7 +58,7 @@ def encode_on_workers(work: Extraction, ftype: str, split: str) -> None:
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=workers),
             num_cpus=threads,
-            num_gpus=1 if torch.cuda.is_available() else 0,
+            num_gpus=1 if config.torch_device.type == "cuda" else 0,
         )
         with tqdm(total=total, initial=total - left, desc=f"{ftype} {split}", unit="image") as bar:
             try:

@@ -81,6 +81,22 @@ def test_drift_is_measured_where_shards_are_written(tmp_path: Path, monkeypatch,
     assert files_in(tmp_path / "pixel") == ["data_feats.npy", "manifest.json"]
 
 
+def test_workers_ask_for_a_gpu_only_if_they_are_to_use_it(nodes, tmp_path: Path, monkeypatch) -> None:
+    write_table(tmp_path / "pictures.parquet", rows(4))
+    asked = []
+
+    def map_batches(dataset, worker, **options):
+        asked.append(options["num_gpus"])
+        raise ValueError("enough")
+
+    monkeypatch.setattr(ray.data.Dataset, "map_batches", map_batches)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    common = ["--ftype", "pixel", "--source", str(tmp_path / "pictures.parquet"), "--out", str(tmp_path)]
+    for device in (["--device", "cpu"], []):
+        assert extract([*common, "--workers", "1", "--threads", "1", *device]) == 2
+    assert asked == [0, 1]
+
+
 def test_workers_and_shards_exclude_each_other(tmp_path: Path, capsys) -> None:
     for more in (["--shards", "2", "--shard", "0"], ["--merge"], ["--workers", "0"]):
         assert extract(command(tmp_path, tmp_path, "--workers", "2", *more)) == 2
