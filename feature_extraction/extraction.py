@@ -52,7 +52,8 @@ class ExtractConfig:
     join: Literal["normalised", "raw"] | None = None
     """Parts of a composition at unit length, or as they are; by default raw for coco, as released, else normalised."""
     bf16: bool = False
-    """Matrix products in bfloat16, and the drift against float32 on 64 pictures measured."""
+    """Matrix products in bfloat16, and the drift against float32 on 64 pictures measured. By default all is float32, on
+    a GPU too (no TF32), so that features of queries and training images agree whichever machine made them."""
     max_corrupt: float = 0.01
     """Share of pictures that may be unreadable before extraction stops."""
     device: str | None = None

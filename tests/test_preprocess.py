@@ -10,6 +10,7 @@ from timm.data import create_transform
 from torchvision import transforms
 
 from feature_extraction import clip, vit
+from feature_extraction.preprocess import in_micro_batches
 
 SIZES = [(300, 200), (201, 333), (224, 224), (256, 256), (37, 61), (640, 427), (225, 1200)]
 
@@ -53,3 +54,15 @@ def test_a_strip_is_cut_before_it_is_resized() -> None:
     red = (torch.tensor([1.0, 0, 0]) - torch.tensor(clip.PREPROCESS.mean)) / torch.tensor(clip.PREPROCESS.std)
     assert batch.shape == (2, 3, 224, 224)
     assert torch.allclose(batch, red.view(1, 3, 1, 1).expand(2, 3, 224, 224), atol=1e-6)
+
+
+def test_convolutions_are_not_rounded_to_tf32() -> None:
+    seen = []
+
+    def forward(batch: list[Image.Image]) -> torch.Tensor:
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return torch.zeros(len(batch), 3)
+
+    before = torch.backends.cudnn.allow_tf32
+    assert in_micro_batches([noise((4, 4))] * 9, 3, torch.device("cpu"), forward).shape == (9, 3)
+    assert seen == [False, False] and torch.backends.cudnn.allow_tf32 == before
