@@ -17,12 +17,14 @@ import shutil
 import sys
 import tarfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import TypeVar
 
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from tqdm import tqdm
 
@@ -33,11 +35,12 @@ WEIGHTS = PurePosixPath("coco/weights")
 """Where the release keeps its rankers."""
 PART = re.compile(r"(?P<archive>.+\.tar)\.part[^/]*")
 ATTEMPTS = 6
-"""Times a file is tried; the hub limits the rate of requests."""
+"""Times a request is tried; the hub limits the rate of requests."""
 WAIT = 5.0
 """Seconds before the second attempt, doubled before each further one."""
 SPARE = 1 << 30
 """Bytes of the disk that stay free."""
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,10 @@ def list_files(source: str) -> list[File]:
         found = [path for path in folder.rglob("*") if path.is_file()]
         files = [File(path.relative_to(folder).as_posix(), path.stat().st_size) for path in found]
     else:
-        entries = HfApi().list_repo_tree(source, repo_type="dataset", recursive=True)
+        entries = _patiently(
+            f"{source}, list of files",
+            lambda: list(HfApi().list_repo_tree(source, repo_type="dataset", recursive=True)),
+        )
         files = [
             File(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else None)
             for entry in entries
@@ -128,15 +134,18 @@ def fetch(file: File, source: str, places: Places) -> None:
     """Brings one file to its place and checks its size; `ValueError` naming it if it cannot be had whole."""
     target = places.of(file)
     target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.copying")
     if Path(source).is_dir():
-        temporary = target.with_name(f".{target.name}.copying")
         shutil.copyfile(Path(source) / file.name, temporary)
         temporary.replace(target)
     else:
         # an unfinished download lies below .cache/ of this folder, and the next attempt goes on from there
-        found = Path(_downloaded(file, source, places.data))
+        download = partial(hf_hub_download, source, file.name, repo_type="dataset", local_dir=places.data)
+        found = Path(_patiently(file.name, download))
         if found != target:
-            found.replace(target)
+            # beside the target first: the weights may lie on another file system, where a move is a copy
+            shutil.move(found, temporary)
+            temporary.replace(target)
     size = target.stat().st_size
     if size != file.size:
         raise ValueError(f"{target}: expected {file.size} bytes, found {size}; start the same command again")
@@ -220,20 +229,21 @@ def download(source: str, places: Places, *, hashes: bool = False) -> None:
     print(f"{places.data}: {len(files)} files of the release are there, {len(left)} of them fetched now")
 
 
-def _downloaded(file: File, source: str, folder: Path) -> str:
+def _patiently(name: str, ask: Callable[[], Answer]) -> Answer:
+    """What the hub answers, asked again where it refuses or breaks off; `ValueError` naming what cannot be had."""
     wait = WAIT
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            return hf_hub_download(source, file.name, repo_type="dataset", local_dir=folder)
-        except OfflineModeIsEnabled:
+            return ask()
+        except (OfflineModeIsEnabled, RepositoryNotFoundError):
             raise
         except (HTTPError, OSError) as error:
             if attempt == ATTEMPTS:
                 raise ValueError(
-                    f"{file.name}: expected to download it, gave up after {ATTEMPTS} attempts ({_line(error)}); "
+                    f"{name}: expected to download it, gave up after {ATTEMPTS} attempts ({_line(error)}); "
                     "start the same command again"
                 ) from error
-            print(f"{file.name}: {_line(error)}; trying again in {wait:.0f} s", file=sys.stderr)
+            print(f"{name}: {_line(error)}; trying again in {wait:.0f} s", file=sys.stderr)
             time.sleep(wait)
             wait *= 2
     raise AssertionError("unreachable")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -149,6 +150,9 @@ class Hub(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         root: Path = self.server.root  # type: ignore[attr-defined]
         if "/tree/" in path:
+            if self.server.trees:  # type: ignore[attr-defined]
+                code = self.server.trees.pop(0)  # type: ignore[attr-defined]
+                return self.answer(code, b"not now", {"X-Error-Code": "RepoNotFound"} if code == 404 else {})
             files = [entry for entry in sorted(root.rglob("*")) if entry.is_file()]
             listing = [
                 {
@@ -196,6 +200,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Hub)
         self.root = root
         self.orders: dict[tuple[str, str], list[str]] = {}
+        self.trees: list[int] = []
         self.asked: list[tuple[str, str, str | None]] = []
 
     def revision(self, path: str) -> str:
@@ -242,6 +247,35 @@ def test_from_the_hub_through_refusals_and_broken_connections(tmp_path: Path, re
     online.asked.clear()
     assert main(arguments(tmp_path, "sywang/FastGDA")) == 0
     assert [entry for entry in online.asked if entry[0] == "GET"] == []
+
+
+def test_the_list_of_files_is_asked_for_again(tmp_path: Path, release: Path, online: Server, capsys) -> None:
+    online.trees = [403, 403]
+    assert main(arguments(tmp_path, "sywang/FastGDA", "--dry_run")) == 0
+    assert capsys.readouterr().err.count("sywang/FastGDA, list of files: 403") == 2
+    online.trees = [404]
+    assert main(arguments(tmp_path, "sywang/FastGDA", "--dry_run")) == 2
+    assert "trying again" not in capsys.readouterr().err
+
+
+def test_weights_on_another_file_system(tmp_path: Path, release: Path, online: Server, monkeypatch) -> None:
+    """A rename from one to the other is refused, as by the kernel; the ranker is copied and no half file is left."""
+    rename, replace = os.rename, os.replace
+
+    def within(move):
+        def moved(source, target, **options):
+            sides = {(tmp_path / "weights") in Path(path).parents for path in (source, target)}
+            if len(sides) > 1:
+                raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
+            return move(source, target, **options)
+
+        return moved
+
+    monkeypatch.setattr(os, "rename", within(rename))
+    monkeypatch.setattr(os, "replace", within(replace))
+    assert main(arguments(tmp_path, "sywang/FastGDA")) == 0
+    check(tmp_path, release)
+    assert [path.name for path in (tmp_path / "weights").iterdir()] == [f"{FTYPE}.pth"]
 
 
 def test_a_hub_that_goes_on_refusing_is_one_clear_line(tmp_path: Path, online: Server, monkeypatch, capsys) -> None:
