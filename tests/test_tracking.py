@@ -12,6 +12,7 @@ import torch
 from planted import LEVELS, planted, write_planted
 
 from fastgda.recipes import TrainConfig
+from fastgda.tracking import Tracker
 from fastgda.trainer import RETRIEVED, Trainer
 
 train = importlib.import_module("train")
@@ -52,10 +53,35 @@ def test_curves_and_retrievals_are_recorded(tmp_path: Path):
         assert splits["val"].rankings.rank[int(query), int(rank) - 1] == image
 
 
-def test_a_run_stays_on_this_machine_offline(tmp_path: Path, monkeypatch):
-    pytest.importorskip("wandb")
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
+
+
+def test_a_resumed_run_is_the_same_one(tmp_path: Path, offline: None):
+    """Until it is closed, and unless its configuration is another."""
+
+    def start(**config: object) -> Tracker:
+        tracker = Tracker("test", "name", {"epochs": (2, 3), **config}, tmp_path)
+        if not config:
+            tracker.log(1, {"train/loss": 1.0})
+        return tracker
+
+    killed = start()
+    killed.run.finish()
+    resumed = start()
+    assert resumed.run.id == killed.run.id
+    resumed.close()
+    another = start()
+    another.run.finish()
+    changed = start(lr=0.1)
+    assert len({killed.run.id, another.run.id, changed.run.id}) == 3
+    changed.close()
+    assert not (tmp_path / "wandb.json").exists()
+
+
+def test_a_run_stays_on_this_machine_offline(tmp_path: Path, offline: None):
     write_planted(tmp_path / "data")
     command = ["--ftype", "planted", "--data_dir", str(tmp_path / "data"), "--topk_values", *map(str, LEVELS)]
     places = ["--output", str(tmp_path / "r.pth"), "--run_dir", str(tmp_path / "run")]
