@@ -3,7 +3,7 @@
 #
 #   bash scripts/download_data.sh              about 15 GB, and room for the images twice while they are unpacked
 #   bash scripts/download_data.sh --dry_run    what is missing; downloads nothing
-#   SMOKE=1 bash scripts/download_data.sh      made-up files of the same layout, under runs/smoke/released; a minute
+#   SMOKE=1 bash scripts/download_data.sh      made-up files of the same layout, under runs/smoke/released; 5 s
 #
 # Arguments go to python -m fastgda.download. Writes data/coco/ (features, rankings, queries, COCO images) and weights/.
 # Files that are there with their size are skipped; after Ctrl-C or a refusal by the hub the same command goes on.
