@@ -4,9 +4,10 @@
     python -m benchmark.extraction_speed --ftype dino --source data/coco/trainset/annotations/captions_train2017.json
 
 The plain loop opens a picture, encodes it alone and appends the row, as common scripts do, then writes the file. Ours
-makes shards (batches, micro-batches that fit the cache, float32 or bfloat16) and merges them. Both encode the same
-pictures with the same weights; runs alternate after a picture each that is not counted. Seconds are split into opening
-pictures (reading and decoding), preparing them, the network, and writing.
+makes shards (batches, read ahead; on a CPU micro-batches that fit the cache; float32 or bfloat16) and merges them. Both
+encode the same pictures with the same weights; runs alternate after a picture each that is not counted. Seconds are
+split into waiting for pictures (reading and decoding), preparing them, the network, and writing. Those of "open" are
+added up over the threads that read ahead, so in ours they may be more than was waited for.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,8 @@ from PIL import Image
 from fastgda.core import ROOT, command_line, command_parser, environment, save_json, save_npy
 from fastgda.flags import add_flags, from_flags
 from feature_extraction.encoders import ENCODERS, Encoder, load_encoder, parse_weights
-from feature_extraction.shards import Plan
+from feature_extraction.extraction import named_device
+from feature_extraction.shards import BATCH, Plan
 from feature_extraction.sources import Pictures, open_source, open_split
 
 NETWORK_IMAGES = 64
@@ -48,6 +51,8 @@ class ExtractionSpeedConfig:
     """Folder with trainset/; by default data/<mode>."""
     weights: tuple[str, ...] = ()
     """Weights of the encoder: PATH."""
+    device: str | None = None
+    """torch device; by default CUDA where there is one, else the CPU."""
     images: int = 512
     """Pictures, the first of the dataset."""
     bf16: bool = False
@@ -71,6 +76,7 @@ class First:
     pictures: Pictures
     count: int
     seconds: float = 0.0
+    adding: Lock = field(default_factory=Lock)
 
     @property
     def path(self) -> Path:
@@ -101,80 +107,111 @@ class First:
         try:
             return self.pictures.image(row)
         finally:
-            self.seconds += time.perf_counter() - start
+            with self.adding:
+                self.seconds += time.perf_counter() - start
 
     def caption(self, row: int) -> str:
         """The first caption."""
         return self.pictures.caption(row)
 
 
-def plain_loop(encoder: Encoder, table: First, folder: Path) -> None:
-    """One picture after the other."""
+def plain_loop(encoder: Encoder, table: First, folder: Path) -> float:
+    """One picture after the other; returns the seconds of writing."""
     rows = []
     for row in range(len(table)):
         images = [table.image(row)] if encoder.reads_images else []
-        rows.append(encoder.encode(images, [table.caption(row)])[0])
+        rows.append(encoder.encode(images, [table.caption(row) if encoder.reads_captions else ""])[0])
+    start = now()
     save_npy(folder / "plain.npy", np.stack(rows))
+    return now() - start
 
 
-def shards(encoder: Encoder, table: First, folder: Path) -> None:
-    """As `feature_extraction.extract` does."""
-    plan = Plan.make(folder, "data", table, encoder.dim, 512, 0.0, [encoder.name])
+@dataclass(frozen=True)
+class TimedPlan(Plan):
+    """A plan that keeps the seconds of each writing of a shard."""
+
+    writing: list[float] = field(default_factory=list)
+
+    def store(self, start: int, features: np.ndarray, skipped: list[dict[str, Any]]) -> None:
+        """As any plan."""
+        began = now()
+        super().store(start, features, skipped)
+        self.writing.append(now() - began)
+
+
+def shards(encoder: Encoder, table: First, folder: Path) -> float:
+    """As `feature_extraction.extract` does; returns the seconds of writing."""
+    plan = TimedPlan.make(folder, "data", table, encoder.dim, 512, 0.0, [encoder.name])
+    assert isinstance(plan, TimedPlan)
     plan.extract(encoder, plan.share(), encoder.name)
+    start = now()
     plan.merge(folder, "data")
+    return now() - start + sum(plan.writing)
 
 
-def timed(run: Callable[[Encoder, First, Path], None], encoder: Encoder, table: First) -> dict[str, float]:
-    """Seconds of one run: all, opening, encoding, and the rest, which is writing and bookkeeping."""
+def timed(run: Callable[[Encoder, First, Path], float], encoder: Encoder, table: First) -> dict[str, float]:
+    """Seconds of one run: all, encoding, writing, the rest, which is waiting for pictures, and opening them."""
     clock = Clock(encoder)
     table.seconds = 0.0
     with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
-        run(clock, table, Path(folder))
-        total = time.perf_counter() - start
-    rest = total - table.seconds - clock.seconds
-    return {"total": total, "open": table.seconds, "encode": clock.seconds, "write": rest}
+        start = now()
+        write = run(clock, table, Path(folder))
+        total = now() - start
+    wait = total - clock.seconds - write
+    return {"total": total, "encode": clock.seconds, "write": write, "wait": wait, "open": table.seconds}
+
+
+def now() -> float:
+    """The time in seconds, after what was asked of a GPU is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class Clock:
     """An encoder whose time is added up."""
 
     def __init__(self, encoder: Encoder) -> None:
-        self.encoder, self.name, self.dim, self.reads_images = encoder, encoder.name, encoder.dim, encoder.reads_images
+        self.encoder, self.name, self.dim, self.network = encoder, encoder.name, encoder.dim, encoder.network
+        self.reads_images, self.reads_captions = encoder.reads_images, encoder.reads_captions
         self.seconds = 0.0
 
     def encode(self, images: list[Image.Image], captions: list[str]) -> np.ndarray:
         """As the encoder."""
-        start = time.perf_counter()
+        start = now()
         try:
             return self.encoder.encode(images, captions)
         finally:
-            self.seconds += time.perf_counter() - start
+            self.seconds += now() - start
 
 
-def network_share(encoder: Encoder, table: First) -> float | None:
-    """Share of the encoding that is the network, the rest is preparing pictures; `None` without a network.
+def network_share(encoder: Encoder, table: Pictures, batch: int) -> float | None:
+    """Share of encoding `batch` at a time that is the network, the rest is preparing; `None` without a network.
 
-    The network's time is that of its parts, which encoders call one by one or through the whole.
+    Encoders call the network as a whole or its parts one by one: time counts while any of them runs.
     """
-    model = getattr(encoder, "model", None)
-    if model is None:
+    if encoder.network is None:
         return None
-    spent, entered = [0.0], [0.0]
+    spent, entered = 0.0, []
 
     def enter(*_: Any) -> None:
-        entered[0] = time.perf_counter()
+        entered.append(now())
 
     def leave(*_: Any) -> None:
-        spent[0] += time.perf_counter() - entered[0]
+        nonlocal spent
+        start = entered.pop()
+        spent += 0 if entered else now() - start
 
-    hooks = [part.register_forward_pre_hook(enter) for part in model.children()]
-    hooks += [part.register_forward_hook(leave) for part in model.children()]
+    hooks = []
+    for part in (encoder.network, *encoder.network.children()):
+        hooks += [part.register_forward_pre_hook(enter), part.register_forward_hook(leave)]
     rows, clock = range(min(NETWORK_IMAGES, len(table))), Clock(encoder)
-    clock.encode([table.image(row) for row in rows] if encoder.reads_images else [], [table.caption(r) for r in rows])
+    for some in (rows[start : start + batch] for start in range(0, len(rows), batch)):
+        images = [table.image(row) for row in some] if encoder.reads_images else []
+        clock.encode(images, [table.caption(row) if encoder.reads_captions else "" for row in some])
     for hook in hooks:
         hook.remove()
-    return spent[0] / clock.seconds
+    return spent / clock.seconds
 
 
 def compare(config: ExtractionSpeedConfig) -> dict[str, Any]:
@@ -185,7 +222,7 @@ def compare(config: ExtractionSpeedConfig) -> dict[str, Any]:
         else open_split(config.mode, config.data_dir or ROOT / "data" / config.mode, "data")
     )
     table = First(pictures, min(config.images, len(pictures)))
-    weights, device = parse_weights(config.ftype, config.weights), torch.device("cpu")
+    weights, device = parse_weights(config.ftype, config.weights), named_device(config.device)
     encoders = {"float32": load_encoder(config.ftype, device, weights)}
     if config.bf16:
         encoders["bfloat16"] = load_encoder(config.ftype, device, weights, precision="bfloat16")
@@ -197,18 +234,20 @@ def compare(config: ExtractionSpeedConfig) -> dict[str, Any]:
     for _ in range(config.repeats):
         for name, (run, encoder) in sides.items():
             runs[name].append(timed(run, encoder, table))
-    network = network_share(encoders["float32"], table)
+    network = {
+        name: network_share(encoder, table, 1 if run is plain_loop else BATCH) for name, (run, encoder) in sides.items()
+    }
     rows: dict[str, dict[str, Any]] = {}
     for name, found in runs.items():
         seconds = {part: statistics.median(one[part] for one in found) for part in found[0]}
-        if network is not None and "bfloat16" not in name:
-            seconds["network"] = network * seconds["encode"]
+        if (share := network[name]) is not None:
+            seconds["network"] = share * seconds["encode"]
             seconds["prepare"] = seconds["encode"] - seconds["network"]
         rows[name] = {"images_per_second": len(table) / seconds["total"], "seconds": seconds}
     plain = rows["plain loop"]["images_per_second"]
     for row in rows.values():
         row["times_as_fast"] = row["images_per_second"] / plain
-    return {"images": len(table), "threads": torch.get_num_threads(), "rows": rows}
+    return {"images": len(table), "device": str(device), "threads": torch.get_num_threads(), "rows": rows}
 
 
 @command_line

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import nn
 
 from feature_extraction.weights import read_state_dict
 
@@ -29,6 +30,10 @@ class Backbone(Protocol):
     @property
     def dim(self) -> int:
         """D."""
+
+    @property
+    def network(self) -> nn.Module | None:
+        """What computes its features."""
 
     def encode(self, images: list[Image.Image], captions: list[str]) -> np.ndarray:
         """Features [B, D] float32."""
@@ -45,6 +50,7 @@ class AbC:
         self.name = f"abc_{backbone.name}"
         self.dim = backbone.dim
         self.backbone = backbone
+        self.network = backbone.network
         side = "synth_mapper" if query else "real_mapper"
         state = {
             key.removeprefix(f"{side}."): value.float()

@@ -50,13 +50,13 @@ class CLIPImage:
 
     def __init__(self, weights: Path, device: torch.device) -> None:
         self.device = device
-        self.tower = load_model(weights).get_submodule("visual").to(device)
+        self.network = load_model(weights).get_submodule("visual").to(device)
 
     @torch.inference_mode()
     def encode(self, images: list[Image.Image], captions: list[str]) -> np.ndarray:
         """Features [B, 512] float32 of the images; the captions are not used."""
         return in_micro_batches(
-            images, self.dim, self.device, lambda batch: self.tower(PREPROCESS(batch).to(self.device))
+            images, self.dim, self.device, lambda batch: self.network(PREPROCESS(batch).to(self.device))
         )
 
 
@@ -74,7 +74,7 @@ class CLIPText:
         self.device = device
         model = load_model(weights)
         del model.visual
-        self.model = model.to(device)
+        self.network = model.to(device)
         self.tokenizer = open_clip.tokenizer.SimpleTokenizer()
 
     @torch.inference_mode()
@@ -83,4 +83,4 @@ class CLIPText:
         if not captions:
             return np.zeros((0, self.dim), np.float32)
         tokens = self.tokenizer(captions).to(self.device)
-        return self.model.encode_text(tokens).float().cpu().numpy()  # type: ignore[operator]
+        return self.network.encode_text(tokens).float().cpu().numpy()  # type: ignore[operator]

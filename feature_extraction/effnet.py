@@ -117,7 +117,7 @@ class EffNet:
         self.device = device
         model = load_classifier(weights)
         fold_batch_norms(model)
-        self.model = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network = model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @torch.inference_mode()
     def encode(self, images: list[Image.Image], captions: list[str]) -> np.ndarray:
@@ -125,6 +125,6 @@ class EffNet:
 
         def forward(batch: list[Image.Image]) -> Tensor:
             pixels = preprocess(batch, PIXELS).to(self.device, memory_format=torch.channels_last)
-            return self.model.forward_head(self.model.forward_features(pixels), pre_logits=True)
+            return self.network.forward_head(self.network.forward_features(pixels), pre_logits=True)
 
         return in_micro_batches(images, WIDTH, self.device, forward)

@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 from fastgda.core import best_device, require_file, sha256_file
 from feature_extraction import clip, effnet, minilm, vit
@@ -45,6 +46,10 @@ class Encoder(Protocol):
     def reads_captions(self) -> bool:
         """Whether `encode` looks at the captions; where not, empty ones will do and none need be fetched."""
 
+    @property
+    def network(self) -> nn.Module | None:
+        """What computes the features, the rest being preparation; `None` where nothing is, or several are."""
+
     def encode(self, images: list[Image.Image], captions: list[str]) -> np.ndarray:
         """Features [B, D] float32, a row for each caption, the same for any batch."""
 
@@ -56,6 +61,7 @@ class Pixel:
     dim = 3 * PIXEL_SIDE**2
     reads_images = True
     reads_captions = False
+    network: nn.Module | None = None
 
     def encode(self, images: list[Image.Image], captions: list[str]) -> np.ndarray:
         """Features [B, 768]: the whole picture reduced by averaging, rows of pixels, channels last."""
@@ -76,6 +82,7 @@ class MiniLMText:
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         self.text = minilm.MiniLM(folder, device)
+        self.network = self.text.model
 
     def encode(self, images: list[Image.Image], captions: list[str]) -> np.ndarray:
         """Features [B, 384] of the captions; the images are not used."""
@@ -86,6 +93,8 @@ class MiniLMText:
 
 class Composition:
     """Several encoders side by side."""
+
+    network = None
 
     def __init__(self, parts: Sequence[Encoder], join: Join = "normalised") -> None:
         self.parts = tuple(parts)
@@ -117,6 +126,7 @@ class Bfloat16:
     def __init__(self, encoder: Encoder, device: torch.device) -> None:
         self.name, self.dim = encoder.name, encoder.dim
         self.reads_images, self.reads_captions = encoder.reads_images, encoder.reads_captions
+        self.network = encoder.network
         self.encoder = encoder
         self.device = device
 

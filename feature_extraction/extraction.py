@@ -124,14 +124,19 @@ class ExtractConfig:
     @property
     def torch_device(self) -> torch.device:
         """The device that encoders run on; `ValueError` if this machine has none of that name."""
-        if self.device is None:
-            return best_device()
-        try:
-            device = torch.device(self.device)
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"--device {self.device}: not available here ({str(error).splitlines()[0]})") from error
-        return device
+        return named_device(self.device)
+
+
+def named_device(name: str | None) -> torch.device:
+    """The torch device of a `--device` flag; `ValueError` if this machine has none of that name."""
+    if name is None:
+        return best_device()
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from error
+    return device
 
 
 class Extraction:

@@ -96,11 +96,11 @@ class ViT:
         self.preprocess = architecture.preprocess
         model = create(architecture.model, num_classes=0, **architecture.options)
         state = timm_state(read_state_dict(weights), model)
-        self.model = load_weights(model, state, weights, architecture.title).to(device)
+        self.network = load_weights(model, state, weights, architecture.title).to(device)
 
     @torch.inference_mode()
     def encode(self, images: list[Image.Image], captions: list[str]) -> np.ndarray:
         """Features [B, dim] float32 of the images; the captions are not used."""
         return in_micro_batches(
-            images, self.dim, self.device, lambda batch: self.model(self.preprocess(batch).to(self.device))
+            images, self.dim, self.device, lambda batch: self.network(self.preprocess(batch).to(self.device))
         )

@@ -11,9 +11,12 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from small_world import rows, write_table
 
+from benchmark.extraction_speed import network_share
 from feature_extraction import clip
 from feature_extraction.encoders import load_encoder
+from feature_extraction.sources import open_source
 
 CPU = torch.device("cpu")
 CONFIG = {
@@ -66,6 +69,14 @@ def test_text_features_are_the_models_own(model, weights: Path) -> None:
     assert not encoder.reads_images
     assert np.abs(encoder.encode([], CAPTIONS) - expected).max() < 1e-5 * np.abs(expected).max()
     assert encoder.encode([], []).shape == (0, 512)
+
+
+def test_both_networks_are_measured(weights: Path, tmp_path: Path) -> None:
+    write_table(tmp_path / "pictures.parquet", rows(2))
+    for name in ("clip", "clip_text"):
+        encoder = load_encoder(name, CPU, {name: weights})
+        share = network_share(encoder, open_source(tmp_path / "pictures.parquet"), 2)
+        assert share is not None and 0 < share < 1
 
 
 def test_numbers_beside_openais_weights_are_passed_over(model, weights: Path, tmp_path: Path) -> None:

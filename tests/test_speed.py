@@ -17,6 +17,8 @@ from benchmark import extraction_speed, feature_drift, metric_speed, ranker_spee
 from benchmark.plain_loop import Pairs, PlainLoop
 from fastgda.core import save_npy
 from fastgda.recipes import TrainConfig
+from feature_extraction.encoders import Pixel, load_encoder
+from feature_extraction.sources import open_source
 
 TINY = TrainConfig(hidden_sizes=(8,), out_feat_dim=8, batch_size=64, outlier_prob=0.3)
 
@@ -102,38 +104,53 @@ def test_metric_speed_agrees_with_scikit_learn(tmp_path: Path):
 def test_extraction_speed_splits_the_time(tmp_path: Path):
     write_table(tmp_path / "pictures.parquet", pictures(6))
     output = tmp_path / "extraction.json"
-    command = ["--ftype", "pixel", "--source", str(tmp_path / "pictures.parquet"), "--repeats", "1"]
-    assert extraction_speed.main([*command, "--output", str(output)]) == 0
+    command = ["--ftype", "minilm", "--source", str(tmp_path / "pictures.parquet"), "--repeats", "1", "--bf16"]
+    assert extraction_speed.main([*command, "--device", "cpu", "--output", str(output)]) == 0
     report = json.loads(output.read_text())
-    assert report["images"] == 6 and set(report["rows"]) == {"plain loop", "shards, float32"}
+    assert report["images"] == 6 and report["device"] == "cpu"
+    assert set(report["rows"]) == {"plain loop", "shards, float32", "shards, bfloat16"}
     for row in report["rows"].values():
         seconds = row["seconds"]
-        assert seconds["open"] + seconds["encode"] + seconds["write"] == pytest.approx(seconds["total"])
+        assert min(seconds["write"], seconds["wait"], seconds["network"], seconds["prepare"]) > 0
+        assert seconds["encode"] < seconds["total"] and seconds["network"] < seconds["encode"]
         assert row["images_per_second"] == pytest.approx(6 / seconds["total"])
+    assert extraction_speed.main([*command, "--device", "cuda:99", "--output", str(output)]) == 2
 
 
-def test_networks_share_is_found():
-    class Network(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.second = torch.nn.Linear(4, 4000), torch.nn.Linear(4000, 4)
+@pytest.mark.parametrize("whole", [True, False])
+def test_networks_share_counts_every_call_once(tmp_path: Path, monkeypatch, whole: bool):
+    """By a clock that the network's two parts advance by a second each, preparing a picture by two."""
+    clock = [0.0]
+    monkeypatch.setattr(extraction_speed, "now", lambda: clock[0])
 
-    class Encoder:
-        name, dim, reads_images, model = "network", 4, False, Network()
+    class Part(torch.nn.Module):
+        def forward(self, x):
+            clock[0] += 1
+            return x
+
+    class Encoder(Pixel):
+        network = torch.nn.Sequential(Part(), Part())
 
         def encode(self, images, captions):
-            hidden = self.model.first(torch.ones(len(captions), 4))
-            return self.model.second(hidden).detach().numpy()
+            for part in [self.network] if whole else self.network:
+                part(torch.ones(1))
+            clock[0] += 2 * len(images)
+            return super().encode(images, captions)
 
-    class Captions:
-        def caption(self, row):
-            return "x"
+    write_table(tmp_path / "pictures.parquet", pictures(6))
+    for batch, share in ((1, 2 / 4), (3, 2 / 8)):
+        found = extraction_speed.network_share(Encoder(), open_source(tmp_path / "pictures.parquet"), batch)
+        assert found == pytest.approx(share)
 
-        def __len__(self):
-            return 5
 
-    share = extraction_speed.network_share(Encoder(), Captions())  # type: ignore[arg-type]
-    assert share is not None and 0 < share <= 1
+def test_every_network_is_known(tmp_path: Path):
+    """The packaged encoders'; those of test_clip.py and test_vit.py are looked at there."""
+    write_table(tmp_path / "pictures.parquet", pictures(2))
+    table = open_source(tmp_path / "pictures.parquet")
+    for name in ("effnet", "minilm"):
+        share = extraction_speed.network_share(load_encoder(name, torch.device("cpu")), table, 2)
+        assert share is not None and 0 < share < 1
+    assert extraction_speed.network_share(Pixel(), table, 2) is None
 
 
 def test_drift_of_features_and_of_map(tmp_path: Path):

@@ -10,9 +10,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
+from small_world import rows, write_table
 from torch import Tensor
 
+from benchmark.extraction_speed import network_share
 from feature_extraction.preprocess import Preprocessing
+from feature_extraction.sources import open_source
 from feature_extraction.vit import DINO, DINOV2, IMAGENET, Architecture, ViT, create, timm_state
 
 CPU = torch.device("cpu")
@@ -111,7 +114,10 @@ def test_hub_weights_give_the_original_outputs(tmp_path: Path, architecture, pat
     assert found.shape == (3, WIDTH)
     assert expected.std(0).min() > 1e-3, "the pictures must matter"
     assert torch.allclose(found, expected, atol=2e-5)
-    save_file(encoder.model.state_dict(), tmp_path / "timm.safetensors")
+    save_file(encoder.network.state_dict(), tmp_path / "timm.safetensors")
+    write_table(tmp_path / "pictures.parquet", rows(2))
+    share = network_share(encoder, open_source(tmp_path / "pictures.parquet"), 2)
+    assert share is not None and 0 < share < 1
     again = ViT("dino", architecture, tmp_path / "timm.safetensors", CPU)
     assert torch.equal(torch.from_numpy(again.encode(images, [""] * 3)), found), "timm's own names load as well"
 
