@@ -64,15 +64,17 @@ def by_creator(scores: np.ndarray, sets: list[str], names: tuple[str, ...]) -> n
     return scores @ member.astype(np.float64)
 
 
-def agreement(predicted: np.ndarray, effects: np.ndarray) -> dict[str, Any]:
-    """How well `predicted` [Q, creators] orders `effects` [Q, creators]: Spearman and top-1, with intervals."""
+def agreement(predicted: np.ndarray, effects: np.ndarray, concepts: list[str] | None = None) -> dict[str, Any]:
+    """How well `predicted` [Q, creators] orders `effects` [Q, creators]: Spearman and top-1, with bootstrap intervals
+    over the queries' concepts (default: over the queries).
+    """
     order = correlate(predicted, effects)
     first = (predicted.argmax(1) == effects.argmax(1)).astype(np.float64)
     return {
         "spearman": float(order.mean()),
-        "spearman_interval": bootstrap_interval(order).tolist(),
+        "spearman_interval": bootstrap_interval(order, concepts).tolist(),
         "top1": float(first.mean()),
-        "top1_interval": bootstrap_interval(first).tolist(),
+        "top1_interval": bootstrap_interval(first, concepts).tolist(),
         "per_query": order.tolist(),
     }
 
@@ -106,14 +108,16 @@ def main(argv: list[str] | None = None) -> None:
     testbed = testbed_from(args)
     sets = read_split(testbed.data, "data").sets
     effects = load_effects(testbed, sets, args.split, args.models, args.references)
-    prompts = named_by_prompt(read_split(testbed.data, f"{args.split}_query").sets, effects.names)
-    rows = [{"method": PROMPT} | agreement(prompts, effects.mean)]
+    queries = read_split(testbed.data, f"{args.split}_query")
+    prompts = named_by_prompt(queries.sets, effects.names)
+    rows = [{"method": PROMPT} | agreement(prompts, effects.mean, queries.concepts)]
     for path in args.scores:
         predicted = by_creator(load_scores(path, testbed, args.split), sets, effects.names)
-        rows.append({"method": path.stem} | agreement(predicted, effects.mean))
+        rows.append({"method": path.stem} | agreement(predicted, effects.mean, queries.concepts))
     for row in rows:
         print(f"{row['method']:28s} Spearman {row['spearman']:+.4f}  top-1 {row['top1']:.3f}")
     report = {
+        "mode": testbed.name,
         "split": args.split,
         "models": args.models,
         "creators": effects.names,

@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw
 from abu.models import Autoencoder
 from abu.plan import Collection
 from abu.testbed import testbed_from
-from benchmark.removal import levels_of, removed_by
+from benchmark.removal import judged_queries, levels_of, removed_by
 from benchmark.retrain import add_judge_flags, collection_of, references
 from benchmark.retrainer import RetrainConfig, Retraining
 from benchmark.scores import load_scores
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("scores", type=Path, nargs="+", help="score files [Q, N], one row each")
     add_judge_flags(parser)
-    parser.add_argument("--queries", type=int, nargs="+", default=[0, 1, 2], help="test queries (default: 0 1 2)")
+    parser.add_argument("--queries", type=int, nargs="+", help="test queries (default: three of benchmark.removal)")
     parser.add_argument("--count", type=int, default=8, help="training images of a row (default: 8)")
     parser.add_argument("--level", type=int, help="K of the removal at the right (default: 3.4 %% of the images)")
     parser.add_argument("--output", type=Path, default=ROOT / "results/removal", help="folder of the pictures")
@@ -74,12 +74,13 @@ def main(argv: list[str] | None = None) -> None:
     testbed = testbed_from(args)
     scores = {path.stem: load_scores(path, testbed, "test") for path in args.scores}
     training, queries = read_split(testbed.data, "data"), read_split(testbed.data, "test_query")
-    if not all(0 <= query < len(queries) for query in args.queries):
-        raise ValueError(f"--queries: expected 0 to {len(queries) - 1}, found {args.queries}")
+    drawn = args.queries or judged_queries(testbed)[:3]
+    if not all(0 <= query < len(queries) for query in drawn):
+        raise ValueError(f"--queries: expected 0 to {len(queries) - 1}, found {drawn}")
     collection = collection_of(testbed, RetrainConfig())
     autoencoder = testbed.load_source(best_device()).autoencoder.cpu()
     level = args.level or levels_of(len(training))[2]
-    for query in args.queries:
+    for query in drawn:
         reference = regenerated(collection, references(1)[0], query, autoencoder)
         rows = [(queries.caption(query)[:24], [queries.image(query)], reference)]
         for name, values in scores.items():

@@ -27,6 +27,7 @@ from benchmark.retrainer import RetrainConfig
 from benchmark.scores import load_scores
 from fastgda.core import ROOT, command_line, environment, save_json
 from fastgda.metrics import bootstrap_interval, standard_error
+from feature_extraction.readers import read_split
 
 SIGN_ERROR = -3.0
 """A mean LDS this many standard errors below zero is probably a sign error."""
@@ -79,6 +80,11 @@ class Judge:
         return collection_of(self.testbed, RetrainConfig())
 
     @cached_property
+    def concepts(self) -> list[str]:
+        """Of the queries: those of one concept are not independent."""
+        return read_split(self.testbed.data, f"{self.split}_query").concepts
+
+    @cached_property
     def seen(self) -> np.ndarray:
         """Which images each model saw, bool [M, N]."""
         halves = random_halves(self.testbed.images, self.models)
@@ -90,12 +96,14 @@ class Judge:
         return load_losses(self.collection, random_halves(self.testbed.images, self.models), self.split)
 
     def __call__(self, scores: np.ndarray) -> dict[str, Any]:
-        """LDS of scores [Q, N]: mean over queries, bootstrap interval, each query's, whether the sign looks wrong."""
+        """LDS of scores [Q, N]: mean over queries, bootstrap interval over their concepts, each query's, whether the
+        sign looks wrong.
+        """
         values = lds(scores, self.seen, self.losses)
-        mean, error = float(values.mean()), float(standard_error(values[:, None])[0])
+        mean, error = float(values.mean()), float(standard_error(values, self.concepts))
         return {
             "lds": mean,
-            "interval": bootstrap_interval(values).tolist(),
+            "interval": bootstrap_interval(values, self.concepts).tolist(),
             "probable_sign_error": bool(mean < SIGN_ERROR * error),
             "per_query": values.tolist(),
         }

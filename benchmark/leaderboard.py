@@ -29,6 +29,7 @@ from benchmark.removal import (
     Effects,
     RemovalConfig,
     add_removal_flags,
+    judged_queries,
     models_of,
     removal_config,
     removal_plan,
@@ -42,6 +43,7 @@ from fastgda.core import ROOT, command_line, environment, load_npz, save_json, s
 from fastgda.dataset import default_levels, layout
 from fastgda.metrics import bootstrap_interval, score_retrieval, standard_error
 from fastgda.rankings import load_rankings
+from feature_extraction.readers import read_split
 
 BOARD = "results/leaderboard"
 
@@ -72,7 +74,7 @@ class StoredRemovals:
 
 
 def nearest_effects(
-    scores: np.ndarray, collection: Collection, effects: Effects, config: RemovalConfig
+    scores: np.ndarray, queries: list[int], collection: Collection, effects: Effects, config: RemovalConfig
 ) -> list[dict[str, Any]]:
     """A row for each K: effects of the stored removals nearest to each query's top K, and the share of its images."""
     rows: list[dict[str, Any]] = []
@@ -81,13 +83,13 @@ def nearest_effects(
         if not stored.jobs:
             continue
         found, shares = [], []
-        for query in range(config.queries):
+        for query in queries:
             jobs, share = stored.nearest(removed_by(scores, query, count))
             each = [effects.of(job, query) for job in jobs]
             found.append([np.mean([effect[key] for effect in each]) for key in EFFECTS])
             shares.append(share)
         values = np.array(found)
-        row: dict[str, Any] = {"K": count, "queries": list(range(config.queries)), "shared": float(np.mean(shares))}
+        row: dict[str, Any] = {"K": count, "queries": queries, "shared": float(np.mean(shares))}
         for column, key in zip(values.T, EFFECTS, strict=True):
             error = float(standard_error(column[:, None])[0])
             row[key] = {"mean": float(column.mean()), "standard_error": error, "per_query": column.tolist()}
@@ -105,29 +107,28 @@ def retrieval(testbed: Testbed, scores: np.ndarray) -> dict[str, Any] | None:
         raise ValueError(f"{path}: expected rankings of {len(scores)} test queries, found {truth.queries}")
     levels = default_levels("emoji", scores.shape[1])
     found = score_retrieval(scores, truth, levels)
+    concepts = read_split(testbed.data, "test_query").concepts
     keys = list(map(str, levels))
     return {
         "mAP": dict(zip(keys, found.precision.mean(0).tolist(), strict=True)),
-        "interval": dict(zip(keys, bootstrap_interval(found.precision).T.tolist(), strict=True)),
+        "interval": dict(zip(keys, bootstrap_interval(found.precision, concepts).T.tolist(), strict=True)),
     }
 
 
 def judge_file(path: Path, testbed: Testbed, args: argparse.Namespace) -> dict[str, Any]:
     """All that the stored models say of a score file, or new ones with `args.retrain`."""
     scores, config = load_scores(path, testbed, "test"), removal_config(args)
-    collection, plan = (
-        collection_of(testbed, RetrainConfig()),
-        removal_plan({path.stem: scores}, testbed.images, config),
-    )
+    collection, queries = collection_of(testbed, RetrainConfig()), judged_queries(testbed, config.queries)
     judge = Judge(testbed, "test", args.models)
     row: dict[str, Any] = {"method": path.stem, "scores": sha256_file(path), "mode": testbed.name}
     row |= judge(scores) | {"ceiling": judge.ceiling(), "retrieval": retrieval(testbed, scores)}
     if args.retrain:
+        plan = removal_plan({path.stem: scores}, queries, testbed.images, config)
         train_models(testbed, collection, models_of(plan, config), args)
         rows = summarise(plan, Effects(testbed, collection, config))
         removals = [found | {"shared": 1.0} for found in rows if found["method"] == path.stem]
     else:
-        removals = nearest_effects(scores, collection, Effects(testbed, collection, config), config)
+        removals = nearest_effects(scores, queries, collection, Effects(testbed, collection, config), config)
     return row | {"removals": removals, "config": asdict(config), "environment": environment()}
 
 

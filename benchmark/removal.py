@@ -10,13 +10,17 @@ For a query ẑ and its K most influential training images the model is trained 
 between the image generated from the query's seed and that of the reference model (pixels in [0, 1]); similarity, the
 cosine of the two images in the image encoder's space (1 = the same picture). Random removals are the null; each row
 also says by how much a method exceeds it, query by query. The smallest K is trained first for all methods, and the
-report holds what is there, with the number of queries.
+report holds what is there, with the numbers of the queries.
+
+The testbed prompts each concept in several sets one after the other, and what such queries lose is much the same; so
+there is one query for each concept, of the set that has had fewest so far (`one_per_concept`).
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +39,7 @@ from fastgda.core import ROOT, best_device, command_line, environment, load_npz,
 from fastgda.metrics import bootstrap_interval, standard_error
 from fastgda.rankings import top
 from feature_extraction.encoders import load_encoder
+from feature_extraction.readers import read_split
 
 FRACTIONS = (0.004, 0.0085, 0.034, 0.1)
 """K as shares of the training set: the paper's 500, 1,000 and 4,000 of 118,287, and a tenth."""
@@ -47,7 +52,7 @@ class RemovalConfig:
     """Which removals are compared."""
 
     queries: int = 20
-    """The first so many test queries."""
+    """One test query for each of the first so many concepts."""
     seeds: int = 1
     """Models trained for each removal."""
     references: int = 4
@@ -87,15 +92,37 @@ Plan = dict[tuple[str, int, int], list[Retraining]]
 """(method, query, K) -> the models trained for it."""
 
 
-def removal_plan(scores: dict[str, np.ndarray], images: int, config: RemovalConfig) -> Plan:
-    """All models that the comparison needs, the smallest K first."""
-    available = min([len(array) for array in scores.values()], default=config.queries)
-    if not 1 <= config.queries <= available:
-        raise ValueError(f"--queries: expected 1 to {available} of the test queries, found {config.queries}")
+def one_per_concept(concepts: list[str], sets: list[str]) -> list[int]:
+    """One row for each concept, in the order of their first rows: the first one whose set has been taken least often so
+    far, so that all sets appear among few queries. Both arguments are columns of a split's queries.
+    """
+    rows: dict[str, list[int]] = {}
+    for row, concept in enumerate(concepts):
+        rows.setdefault(concept, []).append(row)
+    taken, chosen = Counter[str](), []
+    for candidates in rows.values():
+        chosen.append(min(candidates, key=lambda row: taken[sets[row]]))
+        taken[sets[chosen[-1]]] += 1
+    return chosen
+
+
+def judged_queries(testbed: Testbed, count: int | None = None) -> list[int]:
+    """Numbers of the test queries that stand for the first `count` concepts (default: all); `ValueError` if there are
+    not so many.
+    """
+    table = read_split(testbed.data, "test_query")
+    chosen = one_per_concept(table.concepts, table.sets)
+    if count is not None and not 1 <= count <= len(chosen):
+        raise ValueError(f"--queries: expected 1 to {len(chosen)}, the concepts of the test queries, found {count}")
+    return chosen[:count]
+
+
+def removal_plan(scores: dict[str, np.ndarray], queries: list[int], images: int, config: RemovalConfig) -> Plan:
+    """All models that the comparison needs for these queries, the smallest K first."""
     plan: Plan = {}
     for count in config.levels_for(images):
         null = [random_removal(images, count, draw) for draw in range(config.null)]
-        for query in range(config.queries):
+        for query in queries:
             plan[RANDOM, query, count] = [Retraining(ids, seed) for ids in null for seed in range(config.seeds)]
             for method, array in scores.items():
                 ids = removed_by(array, query, count)
@@ -196,7 +223,7 @@ def parser() -> argparse.ArgumentParser:
 def add_removal_flags(made: argparse.ArgumentParser) -> None:
     """Flags that say which removals are compared."""
     default = RemovalConfig()
-    made.add_argument("--queries", type=int, default=default.queries, help="the first so many test queries")
+    made.add_argument("--queries", type=int, default=default.queries, help="test queries, one for each concept")
     made.add_argument("--seeds", type=int, default=default.seeds, help="models trained for each removal")
     made.add_argument("--null", type=int, default=default.null, help="random removals for each K")
     made.add_argument("--references", type=int, default=default.references, help="models trained on everything")
@@ -218,7 +245,7 @@ def main(argv: list[str] | None = None) -> None:
     testbed, config = testbed_from(args), removal_config(args)
     collection = collection_of(testbed, RetrainConfig())
     scores = {path.stem: load_scores(path, testbed, "test") for path in args.scores}
-    plan = removal_plan(scores, testbed.images, config)
+    plan = removal_plan(scores, judged_queries(testbed, config.queries), testbed.images, config)
     if args.what == "run":
         jobs = models_of(plan, config)
         if not args.dry_run:
@@ -227,7 +254,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     rows = summarise(plan, Effects(testbed, collection, config))
     print(*map(removal_line, rows), sep="\n")
-    save_json(args.output, {"config": asdict(config), "rows": rows, "environment": environment()})
+    report = {"mode": testbed.name, "config": asdict(config), "rows": rows, "environment": environment()}
+    save_json(args.output, report)
 
 
 if __name__ == "__main__":

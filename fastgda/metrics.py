@@ -8,7 +8,7 @@ as scikit-learn does. mAP(L) is its mean over queries.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -94,11 +94,31 @@ def chance(level: int, images: int) -> float:
     return (harmonic + others * (images - harmonic)) / images
 
 
-def standard_error(values: np.ndarray) -> np.ndarray:
-    """Standard error of the mean over axis 0 (sample deviation over sqrt(Q)); NaN for a single query."""
-    if len(values) < 2:
+def standard_error(values: np.ndarray, groups: Sequence[Hashable] | None = None) -> np.ndarray:
+    """Standard error of the mean over axis 0 (sample deviation over sqrt(Q)); NaN for a single query or group.
+
+    Queries that share an entry of `groups` [Q], for instance their concept, are not taken as independent: with r_g the
+    sum of the residuals of group g of G, the error is sqrt(G / (G - 1) sum_g r_g^2) / Q (Liang and Zeger 1986).
+    """
+    if groups is None:
+        if len(values) < 2:
+            return np.full(np.shape(values)[1:], math.nan)
+        return np.std(values, axis=0, ddof=1) / math.sqrt(len(values))
+    sums, sizes = _group_sums(values - np.mean(values, axis=0), groups)
+    if len(sizes) < 2:
         return np.full(np.shape(values)[1:], math.nan)
-    return np.std(values, axis=0, ddof=1) / math.sqrt(len(values))
+    return np.sqrt(len(sizes) / (len(sizes) - 1) * (sums**2).sum(0)) / len(values)
+
+
+def _group_sums(values: np.ndarray, groups: Sequence[Hashable]) -> tuple[np.ndarray, np.ndarray]:
+    """(sums [G, ...] of values [Q, ...] over each group, in the order of their first members; members of each)."""
+    place = {group: index for index, group in enumerate(dict.fromkeys(groups))}
+    member = np.array([place[group] for group in groups])
+    if len(member) != len(values):
+        raise ValueError(f"groups: expected one for each of {len(values)} queries, found {len(member)}")
+    sums = np.zeros((len(place), *np.shape(values)[1:]))
+    np.add.at(sums, member, values)
+    return sums, np.bincount(member)
 
 
 def spearman(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -169,15 +189,25 @@ def _row_cutoffs(row: np.ndarray, ids: np.ndarray, levels: Sequence[int], cutoff
     return values
 
 
-def bootstrap_interval(values: np.ndarray, *, share: float = 0.95, draws: int = 2000, seed: int = 0) -> np.ndarray:
-    """[2, ...] percentile bootstrap interval of the mean over axis 0, the queries; NaN for a single query.
+def bootstrap_interval(
+    values: np.ndarray,
+    groups: Sequence[Hashable] | None = None,
+    *,
+    share: float = 0.95,
+    draws: int = 2000,
+    seed: int = 0,
+) -> np.ndarray:
+    """[2, ...] percentile bootstrap interval of the mean over axis 0, the queries; NaN for a single query or group.
 
-    Queries are drawn with replacement, `draws` times; the interval holds the middle `share` of the means.
+    Queries are drawn with replacement, `draws` times; the interval holds the middle `share` of the means. Those that
+    share an entry of `groups` [Q], for instance their concept, are drawn together: as many groups as there are.
     """
-    if len(values) < 2:
+    sums, sizes = _group_sums(values, range(len(values)) if groups is None else groups)
+    if len(sizes) < 2:
         return np.full((2, *np.shape(values)[1:]), math.nan)
-    counts = np.random.default_rng(seed).multinomial(len(values), np.full(len(values), 1 / len(values)), size=draws)
-    means = np.tensordot(counts / len(values), values, axes=1)
+    counts = np.random.default_rng(seed).multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), size=draws)
+    totals = np.reshape(counts @ sizes, (draws, *[1] * (np.ndim(values) - 1)))
+    means = np.tensordot(counts, sums, axes=1) / totals
     return np.quantile(means, [(1 - share) / 2, (1 + share) / 2], axis=0)
 
 

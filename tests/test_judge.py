@@ -292,11 +292,21 @@ def test_a_teacher_on_nearest_images_orders_them_before_all_others():
     assert methods.among_nearest(scores, cosines, 3).tolist() == [[1.0, 1.0, 1.0, 2.0, 3.0]]
 
 
+def test_each_concept_has_one_query_and_every_set_appears():
+    concepts = ["a", "a", "a", "b", "b", "b", "c", "c", "c", "d", "d"]
+    sets = ["x", "y", "z", "u", "v", "w", "x", "y", "z", "u", "v"]
+    assert removal.one_per_concept(concepts, sets) == [0, 3, 7, 10]
+    names = [f"set {i}" for i in range(9)]
+    chosen = removal.one_per_concept([f"{i // 3}" for i in range(60)], [names[i % 9] for i in range(60)])
+    assert [row // 3 for row in chosen] == list(range(20))
+    assert {names[row % 9] for row in chosen} == set(names)
+
+
 def test_more_images_than_there_are_cannot_be_removed(retrained, scores, capsys):
     assert removal.main(["run", str(scores[0]), "--levels", str(IMAGES), "--queries", "1"]) == 2
     assert f"expected to remove 1 to {IMAGES - 1} of {IMAGES} images" in capsys.readouterr().err
     assert removal.main(["run", str(scores[0]), "--queries", "5"]) == 2
-    assert "--queries: expected 1 to 4 of the test queries, found 5" in capsys.readouterr().err
+    assert "--queries: expected 1 to 4, the concepts of the test queries, found 5" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

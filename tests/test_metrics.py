@@ -148,6 +148,30 @@ def test_missing_images_share_the_last_place(rng):
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
 
 
+def test_queries_of_a_group_are_drawn_together(rng):
+    groups = ["a", "b", "a", "c", "c", "c", "d", "e"]
+    values = rng.standard_normal((8, 2))
+    names = sorted(set(groups))
+    members = {name: [row for row, group in enumerate(groups) if group == name] for name in names}
+    means = []
+    for counts in np.random.default_rng(0).multinomial(len(names), np.full(len(names), 1 / len(names)), size=500):
+        rows = [row for name, count in zip(names, counts, strict=True) for row in members[name] * count]
+        means.append(values[rows].mean(0))
+    expected = np.quantile(means, [0.025, 0.975], axis=0)
+    np.testing.assert_allclose(bootstrap_interval(values, groups, draws=500), expected)
+    np.testing.assert_allclose(bootstrap_interval(values, list("abcdefgh")), bootstrap_interval(values))
+
+    residuals = values - values.mean(0)
+    sums = np.array([residuals[rows].sum(0) for rows in members.values()])
+    np.testing.assert_allclose(standard_error(values, groups), np.sqrt(5 / 4 * (sums**2).sum(0)) / 8)
+    np.testing.assert_allclose(standard_error(values, list("abcdefgh")), sem(values, axis=0))
+    # copies of a query add nothing
+    np.testing.assert_allclose(standard_error(values.repeat(3, 0), np.arange(8).repeat(3)), sem(values, axis=0))
+    assert np.isnan(bootstrap_interval(values, ["a"] * 8)).all() and np.isnan(standard_error(values, ["a"] * 8)).all()
+    with pytest.raises(ValueError, match="groups: expected one for each of 8 queries, found 2"):
+        bootstrap_interval(values, ["a", "b"])
+
+
 def test_embeddings_in_tiles_equal_scores_at_once(rng, monkeypatch):
     queries, images = rng.standard_normal((11, 6)), rng.standard_normal((50, 6))
     truth = from_scores(rng.standard_normal((11, 50)))
