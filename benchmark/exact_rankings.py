@@ -23,7 +23,7 @@ from abu.collect_exact import folder_of
 from abu.exact_collection import COMMAND, ExactConfig, ExactPlan, exact_plan, input_hashes
 from abu.plan import Collection
 from abu.testbed import SPLITS, Testbed, add_testbed_flags, testbed_from
-from fastgda.core import ROOT, command_line, load_npz, read_manifest, write_manifest
+from fastgda.core import ROOT, command_line, load_npz, manifest_path, read_manifest, require_file, write_manifest
 from fastgda.rankings import Rankings, save_rankings, save_released, top
 
 
@@ -50,11 +50,14 @@ def _places(plan: ExactPlan, query: int) -> tuple[np.ndarray, np.ndarray]:
     return plan.lists[query][order], order
 
 
-def merge(testbed: Testbed, split: str, folder: Path | None, candidates: Path | None, out: Path) -> list[Path]:
-    """Writes both files of a split and returns their paths."""
+def recorded_plan(
+    testbed: Testbed, split: str, folder: Path | None = None, candidates: Path | None = None
+) -> tuple[Collection, ExactConfig, ExactPlan]:
+    """The collection of a split's queries with its settings and plan; `ValueError` if it was made from other files."""
     collection = Collection(folder_of(testbed, split, folder))
+    require_file(manifest_path(collection.folder), f"{COMMAND} all --split {split} --mode {testbed.name}")
     manifest = read_manifest(collection.folder)
-    settings, config = manifest["config"], ExactConfig.of(manifest["config"])
+    config = ExactConfig.of(manifest["config"])
     if config.candidates.candidates is not None:
         listed = candidates or ROOT / config.candidates.candidates
         config = replace(config, candidates=replace(config.candidates, candidates=listed))
@@ -63,12 +66,35 @@ def merge(testbed: Testbed, split: str, folder: Path | None, candidates: Path | 
     changed = [name for name, value in now.items() if value not in manifest["inputs"].values()]
     if changed:
         raise ValueError(f"{changed[0]}: expected the file that the pieces were made from, found another")
+    return collection, config, plan
+
+
+def has_all_images(config: ExactConfig) -> bool:
+    """Whether every query's influence is known on the whole training set."""
+    return config.candidates.candidates is None and config.candidates.subset == 1
+
+
+def full_influence(testbed: Testbed, split: str) -> np.ndarray:
+    """τ [Q, N] float32 of a split's queries, by training id; `ValueError` if it is known on candidates only."""
+    collection, config, plan = recorded_plan(testbed, split)
+    if not has_all_images(config):
+        raise ValueError(
+            f"{collection.folder}: expected influence on all {testbed.images} training images, found it on "
+            f"{plan.lists.shape[1]} candidates of each query; collect it without --candidates and --subset"
+        )
+    return load_influence(collection, plan)
+
+
+def merge(testbed: Testbed, split: str, folder: Path | None, candidates: Path | None, out: Path) -> list[Path]:
+    """Writes both files of a split and returns their paths."""
+    collection, config, plan = recorded_plan(testbed, split, folder, candidates)
+    settings = read_manifest(collection.folder)["config"]
     influence = load_influence(collection, plan)
     order = top(influence)
     rank = np.take_along_axis(plan.lists, order.astype(np.int64), 1)
     paths = [out / f"influence_{split}.npz", out / f"influence_{split}.pkl"]
     save_rankings(paths[0], Rankings(rank, np.take_along_axis(influence, order, 1)))
-    if config.candidates.candidates is None and config.candidates.subset == 1:
+    if has_all_images(config):
         save_released(paths[1], rank=rank, influence=influence)
     else:
         save_released(paths[1], rank=rank, influence_subset=influence, rank_influence_subset=order.astype(np.int64))

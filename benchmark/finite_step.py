@@ -18,11 +18,20 @@ import numpy as np
 
 from abu.plan import Collection
 from abu.second_order import loss_change_at
-from abu.stages import started_passes, step_plan, steps_folder
+from abu.stages import gradient_inputs, started_passes, step_plan, steps_folder
 from abu.testbed import SPLITS, Testbed, add_testbed_flags, testbed_from
 from abu.unlearn import STEP
 from benchmark.teacher import OTHERS, TOP, measure, training_candidates
-from fastgda.core import command_line, environment, load_npz, read_manifest, save_json, write_manifest
+from fastgda.core import (
+    command_line,
+    environment,
+    load_npz,
+    manifest_path,
+    read_manifest,
+    require_file,
+    save_json,
+    write_manifest,
+)
 from fastgda.dataset import default_levels
 from fastgda.metrics import chance
 from fastgda.rankings import from_scores, save_rankings
@@ -52,6 +61,18 @@ def load_terms(testbed: Testbed, passes: int, key: str) -> np.ndarray:
             [load_npz(folder.path(p), (key,), "python -m abu.collect steps")[key] for p in plan], axis=-1
         )
     return (total / passes).astype(np.float32)
+
+
+def require_own_steps(testbed: Testbed) -> None:
+    """`ValueError` naming the file unless the collected terms were made from the model, images and queries of now."""
+    folder = steps_folder(testbed)
+    require_file(manifest_path(folder), f"python -m abu.collect steps --mode {testbed.name}")
+    made_from = read_manifest(folder)["inputs"]
+    for name, value in gradient_inputs(testbed).items():
+        if made_from.get(name) != value:
+            raise ValueError(
+                f"{folder}: expected terms of this model and these examples, found those of another {name}"
+            )
 
 
 def load_changes(testbed: Testbed, passes: int, step: float = STEP) -> np.ndarray:

@@ -29,7 +29,7 @@ from abu.unlearn import UnlearnConfig, moved_model, natural_step, query_gradient
 from benchmark.gradient_methods import METHODS, SHARE
 from benchmark.gradient_store import StoreConfig, load_factors, load_store
 from benchmark.kernels import Kernel
-from benchmark.methods import TUNED
+from benchmark.methods import EXACT, TUNED
 from benchmark.projected import ProjectedGradients
 from benchmark.retrain import add_judge_flags
 from fastgda.core import ROOT, best_device, command_line, environment, save_json
@@ -38,7 +38,6 @@ from fastgda.ranker import load_ranker
 from feature_extraction.encoders import load_encoder
 from feature_extraction.readers import read_split
 
-EXACT = "exact"
 SAMPLE = 128
 """Training images that the exact form is timed on."""
 
@@ -135,6 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     add_judge_flags(parser)
     parser.add_argument("--ftype", default="effnet+minilm", help="feature type of the tuned ranker")
     parser.add_argument("--checkpoint", type=Path, help="the tuned ranker")
+    parser.add_argument("--name", help="what the tuned ranker is called (default: as in benchmark.methods)")
     parser.add_argument("--queries", type=int, default=10, help="queries that are timed (default: 10)")
     parser.add_argument("--output", type=Path, default=ROOT / "results/latency/latency.json")
     args = parser.parse_args(argv)
@@ -152,8 +152,9 @@ def main(argv: list[str] | None = None) -> None:
         else:
             cost = gradient_cost(testbed, method) if method in METHODS else feature_cost(testbed, method)
         seconds = cost.scale * median_seconds(cost.attribute, args.queries)
-        rows.append({"method": method, "seconds": seconds, "storage": cost.storage, "scale": cost.scale})
-        print(f"{method:24s} {1000 * seconds:10.1f} ms  {cost.storage / 2**20:10.1f} MiB")
+        name = args.name or f"{TUNED}-{args.ftype}" if method == TUNED else method
+        rows.append({"method": name, "seconds": seconds, "storage": cost.storage, "scale": cost.scale})
+        print(f"{name:24s} {1000 * seconds:10.1f} ms  {cost.storage / 2**20:10.1f} MiB")
     images = testbed.images
     save_json(args.output, {"mode": testbed.name, "images": images, "rows": rows, "environment": environment()})
 

@@ -2,21 +2,26 @@
 
     python -m benchmark.methods random pixel effnet minilm effnet+minilm
     python -m benchmark.methods tuned --checkpoint weights/emoji_effnet+minilm.pth
-    python -m benchmark.methods finite-step                     # the teacher's collected steps
+    python -m benchmark.methods finite-step finite-step@1       # the teacher's collected steps; at α = 1
+    python -m benchmark.methods first-order second-order        # the terms of those steps, each alone
     python -m benchmark.methods normalised plain                # the first-order teachers' collected passes
     python -m benchmark.methods normalised-knn plain-knn        # the same on K nearest images only (paper, Table 2)
+    python -m benchmark.methods exact                           # the loss changes of abu.collect_exact, as they are
     python -m benchmark.methods trak journey-trak d-trak das abu ekfac --dry_run      # time, memory and disk
     python -m benchmark.methods trak journey-trak d-trak das abu ekfac --workers 2    # resumable
     python -m benchmark.methods trak d-trak --select            # the ridge λ by the LDS of the validation queries
+    python -m benchmark.methods trak --models 4 --ridge 0.1     # trak-4models-ridge0.1.npy
 
-Writes data/<mode>/scores/<method>.npy, which benchmark.lds, benchmark.removal and the leaderboard judge; with --select
-<method>-selected.npy. A feature's score is the cosine of query and training image, a tuned ranker's the inner product
-of their embeddings; the others are in `benchmark.gradient_methods`.
+Writes data/<mode>/scores/<name>.npy, which benchmark.lds, benchmark.removal and the leaderboard judge and call by that
+name: the method, tuned-<feature type> for a ranker, with -<M>models, -ridge<λ> or -selected after it where these were
+asked for; or what --name says. A feature's score is the cosine of query and training image, a tuned ranker's the inner
+product of their embeddings; the others are in `benchmark.gradient_methods`.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,7 +31,9 @@ import numpy as np
 from abu.cluster import add_cluster_flags, cluster_from
 from abu.stages import whole_passes
 from abu.testbed import SPLITS, Testbed, testbed_from
-from benchmark.finite_step import load_changes, whole_step_passes
+from abu.unlearn import STEP
+from benchmark.exact_rankings import full_influence
+from benchmark.finite_step import load_changes, load_terms, require_own_steps, whole_step_passes
 from benchmark.gradient_methods import METHODS, collect_method, foresee_method, method_scores, select_ridge
 from benchmark.lds import Judge
 from benchmark.retrain import add_judge_flags
@@ -38,11 +45,14 @@ from fastgda.dataset import Layout, layout, load_images, normalise
 from fastgda.ranker import load_ranker
 from fastgda.rankings import top
 
-RANDOM, TUNED, FINITE_STEP = "random", "tuned", "finite-step"
-COLLECTED = (FINITE_STEP, *TEACHERS)
-"""The teachers, whose scores abu.collect made."""
-NEAREST = {f"{teacher}-knn": teacher for teacher in COLLECTED}
-"""The teachers on candidates, as the paper collects them for training queries."""
+RANDOM, TUNED, FINITE_STEP, EXACT = "random", "tuned", "finite-step", "exact"
+TERMS = {"first-order": "first", "second-order": "second"}
+"""The terms of the finite step, which alone are its limits for small and for large α."""
+COLLECTED = (FINITE_STEP, *TERMS, *TEACHERS, EXACT)
+"""The teachers, whose scores abu.collect and abu.collect_exact made."""
+AT, NEAREST = f"{FINITE_STEP}@", "-knn"
+"""Begins the names of finite steps of another size; ends those of teachers on candidates, as the paper collects them
+for training queries."""
 
 
 def random_scores(queries: int, images: int, seed: int = 0) -> np.ndarray:
@@ -64,12 +74,38 @@ def tuned_scores(paths: Layout, checkpoint: Path, split: str) -> np.ndarray:
     return (ranker.embed_queries(queries) @ ranker.embed(images).T).numpy()
 
 
+def is_teacher(method: str) -> bool:
+    """Whether it is one of `COLLECTED`, or a finite step of another size."""
+    return method in COLLECTED or method.startswith(AT)
+
+
+def step_of(method: str) -> float:
+    """α of "finite-step" or of "finite-step@α"; `ValueError` unless it is a positive number."""
+    text = method.removeprefix(AT)
+    if method == FINITE_STEP:
+        return STEP
+    try:
+        step = float(text)
+    except ValueError:
+        step = math.nan
+    if not 0 < step < math.inf:
+        raise ValueError(f"{method}: expected a positive number after @, found {text!r}")
+    return step
+
+
 def teacher_scores(testbed: Testbed, teacher: str, split: str) -> np.ndarray:
     """The collected scores of a split's queries, all passes pooled."""
-    if teacher == FINITE_STEP:
-        scores = load_changes(testbed, whole_step_passes(testbed))
-    else:
+    if teacher == EXACT:
+        return full_influence(testbed, split)
+    if teacher in TEACHERS:
         scores = load_scores(testbed, whole_passes(testbed), teacher)
+    else:
+        require_own_steps(testbed)
+        passes = whole_step_passes(testbed)
+        if teacher in TERMS:
+            scores = load_terms(testbed, passes, TERMS[teacher])
+        else:
+            scores = load_changes(testbed, passes, step_of(teacher))
     counts = {part: len(testbed.query_captions(part)) for part in SPLITS}
     start = sum(counts[part] for part in SPLITS[: SPLITS.index(split)])
     return scores[start : start + counts[split]]
@@ -88,10 +124,10 @@ def frozen_scores(testbed: Testbed, method: str, split: str, args: argparse.Name
     """(scores of a method that takes no gradients of its own, hashes of what else they are made from)."""
     if method == RANDOM:
         return random_scores(len(testbed.query_captions(split)), testbed.images), {}
-    if method in COLLECTED:
-        return teacher_scores(testbed, method, split), {}
-    if method in NEAREST:
-        scores = teacher_scores(testbed, NEAREST[method], split)
+    if is_teacher(teacher := method.removesuffix(NEAREST)):
+        scores = teacher_scores(testbed, teacher, split)
+        if teacher == method:
+            return scores, {}
         cosines = feature_scores(layout("emoji", NEIGHBOUR_FTYPE, testbed.data), split)
         return among_nearest(scores, cosines, round(NEIGHBOURS * scores.shape[1])), {}
     if method == TUNED:
@@ -102,17 +138,33 @@ def frozen_scores(testbed: Testbed, method: str, split: str, args: argparse.Name
     return feature_scores(layout("emoji", method, testbed.data), split), {}
 
 
-def gradient_scores(testbed: Testbed, method: str, args: argparse.Namespace) -> tuple[str, np.ndarray, dict[str, Any]]:
-    """(name, scores, settings) of a method on gradients; collects what is missing."""
+def score_name(method: str, args: argparse.Namespace) -> str:
+    """What a method is called in score files and tables."""
+    if args.name is not None:
+        return args.name
+    if method == TUNED:
+        return f"{TUNED}-{args.ftype}"
+    if method not in METHODS:
+        return method
+    name = method if args.models == 1 else f"{method}-{args.models}models"
+    if METHODS[method].score == "inner":
+        return name
+    if args.select:
+        return f"{name}-selected"
+    return name if args.ridge is None else f"{name}-ridge{args.ridge:g}"
+
+
+def gradient_scores(testbed: Testbed, method: str, args: argparse.Namespace) -> tuple[np.ndarray, dict[str, Any]]:
+    """(scores, settings) of a method on gradients; collects what is missing."""
     collect_method(testbed, METHODS[method], args.models, cluster_from(args))
     settings: dict[str, Any] = {"method": method, "models": args.models}
-    ridge, name = args.ridge, method
+    ridge = args.ridge
     if args.select and METHODS[method].score != "inner":
         ridge, table = select_ridge(testbed, METHODS[method], args.models, Judge(testbed, "val", args.halves))
-        settings["validation"], name = table, f"{method}-selected"
+        settings["validation"] = table
         print(*(f"{method}: ridge {row['ridge']:.3g}: LDS {row['lds']:+.4f} on validation" for row in table), sep="\n")
     scores, used = method_scores(testbed, METHODS[method], args.models, args.split, ridge)
-    return name, scores, settings | {"ridge": used}
+    return scores, settings | {"ridge": used}
 
 
 @command_line
@@ -121,7 +173,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmark.methods", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    known = f"{RANDOM}, {TUNED}, {', '.join([*COLLECTED, *NEAREST, *METHODS])}, or feature types"
+    teachers = f"{', '.join(COLLECTED)}, {AT}<α>, each also with {NEAREST}"
+    known = f"{RANDOM}, {TUNED}, {teachers}, {', '.join(METHODS)}, or feature types"
     parser.add_argument("methods", nargs="+", help=known)
     add_judge_flags(parser)
     parser.add_argument("--split", choices=JUDGED, default="test", help="which queries (default: test)")
@@ -131,9 +184,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--ridge", type=float, help="λ (default: the paper's, or a share of the mean squared length)")
     parser.add_argument("--select", action="store_true", help="λ by the LDS of the validation queries")
     parser.add_argument("--halves", type=int, default=64, help="models that --select judges with (default: 64)")
+    parser.add_argument("--name", help="what the scores are called, where one method is asked for")
     add_cluster_flags(parser)
     parser.add_argument("--dry_run", action="store_true", help="print what gradients will need; compute nothing")
     args = parser.parse_args(argv)
+    if args.name is not None and len(args.methods) > 1:
+        raise ValueError(f"--name: expected one method beside it, found {len(args.methods)}")
+    if args.select and args.ridge is not None:
+        raise ValueError("--select: expected no --ridge beside it, found one")
     testbed = testbed_from(args)
     for method in args.methods:
         if args.dry_run:
@@ -143,12 +201,12 @@ def main(argv: list[str] | None = None) -> None:
             continue
         command = f"python -m benchmark.methods {method} --mode {testbed.name}"
         if method in METHODS:
-            name, scores, settings = gradient_scores(testbed, method, args)
-            path = save_scores(testbed, name, args.split, scores, settings, command)
+            scores, settings = gradient_scores(testbed, method, args)
+            inputs: dict[str, str] = {}
         else:
             scores, inputs = frozen_scores(testbed, method, args.split, args)
             settings = {"method": method} | ({"ftype": args.ftype} if method == TUNED else {})
-            path = save_scores(testbed, method, args.split, scores, settings, command, **inputs)
+        path = save_scores(testbed, score_name(method, args), args.split, scores, settings, command, **inputs)
         print(f"{path}: {list(scores.shape)}")
 
 

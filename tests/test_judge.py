@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
 import shutil
@@ -10,13 +11,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from small_collection import few_draws
 from small_judge import IMAGES, QUERIES, SETS, small_testbed, write_small_testbed
 
+from abu import collect, collect_exact
 from abu import testbed as testbeds
+from abu.influence import ExactInfluence
+from abu.loss_draws import LossDraws
 from abu.plan import Collection
 from abu.sample import SampleConfig
+from abu.sweep import SweepConfig
 from abu.testbed import TESTBEDS
 from abu.train_diffusion import refilled
+from abu.unlearn import STEP, UnlearnConfig
 from benchmark import (
     creators,
     gradient_store,
@@ -36,6 +43,7 @@ from benchmark.retrainer import RetrainConfig, Retrainer, Retraining
 from benchmark.scores import load_scores, save_scores, score_inputs
 from benchmark.together import Together, run_together
 from fastgda.core import load_npz, save_npy, save_npz, write_manifest
+from fastgda.ranker import Ranker, RankerConfig, save_ranker
 from fastgda.rankings import from_scores, save_rankings
 from feature_extraction.encoders import load_encoder
 from feature_extraction.minilm import MiniLM
@@ -273,17 +281,115 @@ def test_rows_of_images_are_drawn(retrained, scores, tmp_path, capsys):
     assert "--queries: expected 0 to 3, found [4]" in capsys.readouterr().err
 
 
-def test_latency_and_storage_of_every_kind_of_method(small, tmp_path):
-    features = np.random.default_rng(0).normal(size=(IMAGES, 1280)).astype(np.float32)
-    save_npy(small.data / "feats/effnet/data_feats.npy", features)
+def test_latency_and_storage_of_every_kind_of_method(small, features, tmp_path):
     output = tmp_path / "latency.json"
+    tuned = ["--ftype", "effnet", "--checkpoint", str(features)]
     assert methods.main(["d-trak", "abu-plus"]) == 0
-    assert latency.main(["effnet", "d-trak", "abu-plus", "exact", "--queries", "2", "--output", str(output)]) == 0
+    kinds = ["effnet", "tuned", "d-trak", "abu-plus", "exact"]
+    assert latency.main([*kinds, *tuned, "--queries", "2", "--output", str(output)]) == 0
     rows = {row["method"]: row for row in json.loads(output.read_text())["rows"]}
     assert all(row["seconds"] > 0 for row in rows.values())
-    assert rows["effnet"]["storage"] == features.nbytes
+    assert list(rows) == ["effnet", "tuned-effnet", "d-trak", "abu-plus", "exact"]
+    assert rows["effnet"]["storage"] == 4 * IMAGES * 1280 and rows["tuned-effnet"]["storage"] == 4 * IMAGES * 4
     width = load_store(small, METHODS["d-trak"].stores(0)[0], "training").shape[1]
     assert rows["d-trak"]["storage"] == IMAGES * width * 4
+
+
+@pytest.fixture(scope="module")
+def features(small):
+    """Random features of two kinds, the second `effnet`, whose neighbours are candidates, and a ranker on it."""
+    random = np.random.default_rng(0)
+    for ftype, width in (("pixel", 5), ("effnet", 1280)):
+        for name, rows in (("data", IMAGES), ("val_query", QUERIES["val"]), ("test_query", QUERIES["test"])):
+            save_npy(small.data / f"feats/{ftype}/{name}_feats.npy", random.normal(size=(rows, width)).astype("f4"))
+    checkpoint = small.root / "ranker.pth"
+    save_ranker(checkpoint, Ranker(RankerConfig(in_dim=1280, hidden_sizes=(8,), out_feat_dim=4)))
+    return checkpoint
+
+
+@pytest.fixture(scope="module")
+def collected(small):
+    """The teachers' passes, steps and exact influence, of few draws."""
+    root = ["--mode", "emoji-mini", "--root", str(small.root)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(collect.CollectConfig, "draws", few_draws)
+        for stage in ("curvature", "queries", "training", "scores", "steps"):
+            assert collect.main([stage, *root, *(["--sketch", "384"] if stage == "scores" else [])]) == 0
+    few = ["--step", "0.01", "--query_draws", "1", "--timesteps", "2"]
+    assert collect_exact.main(["all", *root, "--split", "test", *few]) == 0
+    return small
+
+
+def stored(testbed, name):
+    return load_scores(testbed.data / f"scores/{name}.npy", testbed, "test")
+
+
+def test_frozen_methods_write_scores_under_their_names(collected, features):
+    teachers = ["finite-step", "finite-step@0.01", "finite-step@1", "first-order", "second-order", "plain", "exact"]
+    nearest = ["finite-step-knn", "finite-step@1-knn"]
+    assert methods.main(["random", "pixel", "normalised", *teachers, *nearest]) == 0
+    assert methods.main(["tuned", "--ftype", "effnet", "--checkpoint", str(features)]) == 0
+    assert methods.main(["tuned", "--ftype", "effnet", "--checkpoint", str(features), "--name", "mine"]) == 0
+    np.testing.assert_array_equal(stored(collected, "tuned-effnet"), stored(collected, "mine"))
+    first, second = stored(collected, "first-order"), stored(collected, "second-order")
+    for name, step in (("finite-step", STEP), ("finite-step@0.01", 0.01), ("finite-step@1", 1.0)):
+        expected = step / IMAGES * first + (step / IMAGES) ** 2 * second
+        np.testing.assert_allclose(stored(collected, name), expected, rtol=1e-4, atol=1e-6 * np.abs(expected).max())
+    few = stored(collected, "finite-step-knn")
+    assert ((few == few.min(1, keepdims=True)).sum(1) >= IMAGES - round(methods.NEIGHBOURS * IMAGES)).all()
+
+
+def test_exact_scores_are_loss_changes_at_the_moved_weights(collected):
+    assert methods.main(["exact"]) == 0
+    device, ids = torch.device("cpu"), list(range(IMAGES))
+    step = UnlearnConfig(step=0.01, query_draws=1)
+    exact = ExactInfluence.of(collected, step, LossDraws(timesteps=2), SweepConfig(), device)
+    change = exact.unlearned(collected.query_examples("test", device).rows(2, 3))
+    before, after = exact.sweep.losses(ids, [None])[0], exact.sweep.losses(ids, [change])[0]
+    np.testing.assert_allclose(stored(collected, "exact")[2], (after - before).max(1), rtol=1e-3, atol=1e-9)
+
+
+def test_influence_on_candidates_is_no_score(collected, tmp_path, capsys):
+    moved = replace(collected, root=tmp_path)
+    shutil.copytree(collected.root, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(moved.data / "cache/exact_test")
+    root = ["--mode", "emoji-mini", "--root", str(tmp_path)]
+    few = ["--step", "0.01", "--query_draws", "1", "--timesteps", "2", "--subset", "0.2"]
+    assert methods.main(["exact", *root]) == 2
+    assert "make it with: python -m abu.collect_exact all --split test" in capsys.readouterr().err
+    assert collect_exact.main(["all", *root, "--split", "test", *few]) == 0
+    assert methods.main(["exact", *root]) == 2
+    assert f"expected influence on all {IMAGES} training images, found it on 6 candidates" in capsys.readouterr().err
+
+
+def test_terms_of_other_queries_are_no_scores(collected, tmp_path, capsys):
+    shutil.copytree(collected.root, tmp_path, dirs_exist_ok=True)
+    queries = replace(collected, root=tmp_path).data / "query_test/latents.npy"
+    save_npy(queries, np.load(queries) + 1)
+    assert methods.main(["finite-step", "--root", str(tmp_path)]) == 2
+    assert "found those of another data/emoji-mini/query_test/latents.npy" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", ["", "x", "0", "-1", "inf", "nan"])
+def test_steps_that_are_no_sizes_are_refused(size):
+    with pytest.raises(ValueError, match="expected a positive number after @"):
+        methods.step_of(f"finite-step@{size}")
+
+
+def test_settings_are_part_of_a_methods_name(capsys):
+    def name(method, **settings):
+        usual = {"name": None, "ftype": "pixel", "models": 1, "select": False, "ridge": None}
+        return methods.score_name(method, argparse.Namespace(**usual | settings))
+
+    assert name("trak") == "trak"
+    assert name("trak", models=4, ridge=0.05) == "trak-4models-ridge0.05"
+    assert name("trak", models=4, select=True) == "trak-4models-selected"
+    assert name("abu-plus", models=4, ridge=0.05, select=True) == "abu-plus-4models"
+    assert name("tuned") == "tuned-pixel"
+    assert name("tuned", name="best") == "best"
+    assert methods.main(["trak", "das", "--name", "one"]) == 2
+    assert methods.main(["trak", "--select", "--ridge", "1"]) == 2
+    assert "--select: expected no --ridge beside it" in capsys.readouterr().err
 
 
 def test_a_teacher_on_nearest_images_orders_them_before_all_others():
