@@ -22,14 +22,12 @@ from typing import Any
 
 import numpy as np
 
-from abu.testbed import Testbed, testbed_from
-from benchmark.lds import correlate
-from benchmark.retrain import add_judge_flags, collection_of, load_losses, references, without_creators
-from benchmark.retrainer import RetrainConfig
-from benchmark.scores import load_scores
-from fastgda.core import ROOT, command_line, environment, save_json
+from abu.testbed import testbed_from
+from benchmark.lds import correlate, judged_path
+from benchmark.losses import Losses, open_losses
+from benchmark.retrain import add_judge_flags, references, without_creators
+from fastgda.core import command_line, environment, save_json
 from fastgda.metrics import bootstrap_interval
-from feature_extraction.readers import read_split
 
 PROMPT = "creator named by the prompt"
 
@@ -49,11 +47,11 @@ class Effects:
         return self.change.mean(0).T
 
 
-def load_effects(testbed: Testbed, sets: list[str], split: str, models: int, count: int) -> Effects:
+def load_effects(stored: Losses, split: str, models: int, count: int) -> Effects:
     """From stored retrainings: `models` seeds of each removal, `count` reference models."""
-    collection = collection_of(testbed, RetrainConfig())
-    reference = load_losses(collection, references(count), split).mean(0)
-    losses = load_losses(collection, without_creators(sets, models), split)
+    sets = stored.sets("training")
+    reference = stored.of(references(count), split).mean(0)
+    losses = stored.of(without_creators(sets, models), split)
     names = tuple(dict.fromkeys(sets))
     return Effects(names, losses.reshape(len(names), models, -1).swapaxes(0, 1) - reference)
 
@@ -103,17 +101,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--split", choices=("val", "test"), default="test", help="which queries (default: test)")
     parser.add_argument("--models", type=int, default=3, help="seeds of each removal (default: 3)")
     parser.add_argument("--references", type=int, default=4, help="models trained on everything (default: 4)")
-    parser.add_argument("--output", type=Path, default=ROOT / "results/creators/creators.json")
+    parser.add_argument("--output", type=Path, help="default: results/creators/creators[_<split>].json")
     args = parser.parse_args(argv)
     testbed = testbed_from(args)
-    sets = read_split(testbed.data, "data").sets
-    effects = load_effects(testbed, sets, args.split, args.models, args.references)
-    queries = read_split(testbed.data, f"{args.split}_query")
-    prompts = named_by_prompt(queries.sets, effects.names)
-    rows = [{"method": PROMPT} | agreement(prompts, effects.mean, queries.concepts)]
+    stored = open_losses(testbed)
+    effects = load_effects(stored, args.split, args.models, args.references)
+    sets, concepts = stored.sets("training"), stored.concepts(args.split)
+    prompts = named_by_prompt(stored.sets(args.split), effects.names)
+    rows = [{"method": PROMPT} | agreement(prompts, effects.mean, concepts)]
     for path in args.scores:
-        predicted = by_creator(load_scores(path, testbed, args.split), sets, effects.names)
-        rows.append({"method": path.stem} | agreement(predicted, effects.mean, queries.concepts))
+        predicted = by_creator(stored.scores(path, args.split), sets, effects.names)
+        rows.append({"method": path.stem} | agreement(predicted, effects.mean, concepts))
     for row in rows:
         print(f"{row['method']:28s} Spearman {row['spearman']:+.4f}  top-1 {row['top1']:.3f}")
     report = {
@@ -128,7 +126,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     if report["ceiling"]:
         print(f"{'one seed for the others':28s} Spearman {report['ceiling']['spearman']:+.4f}")
-    save_json(args.output, report)
+    save_json(args.output or judged_path("creators/creators", args.split), report)
 
 
 if __name__ == "__main__":

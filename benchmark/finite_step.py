@@ -134,7 +134,8 @@ def main(argv: list[str] | None = None) -> None:
     testbed = testbed_from(args)
     report = merge(testbed, args.passes or whole_step_passes(testbed), args.step)
     name = "reliability.json" if testbed.name == "emoji" else f"reliability_{testbed.name}.json"
-    save_json(testbed.root / "results/teacher" / name, report | {"environment": environment()})
+    report |= {"mode": testbed.name, "environment": environment()}
+    save_json(testbed.root / "results/teacher" / name, report)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,9 @@ from PIL import Image, ImageDraw
 from abu.models import Autoencoder
 from abu.plan import Collection
 from abu.testbed import testbed_from
+from benchmark.losses import collection_of
 from benchmark.removal import judged_queries, levels_of, removed_by
-from benchmark.retrain import add_judge_flags, collection_of, references
+from benchmark.retrain import add_judge_flags, references
 from benchmark.retrainer import RetrainConfig, Retraining
 from benchmark.scores import load_scores
 from fastgda.core import ROOT, atomic_path, best_device, command_line, load_npz

@@ -5,7 +5,8 @@
 
 M models are trained on random halves S_m of the training set. For one query the score is the Spearman correlation over
 the models between the loss of the query under model m and −Σ_{i ∈ S_m} score_i; the LDS is the mean over queries. How
-far from 1 even the truth would be is measured by training the same halves again with other seeds.
+far from 1 even the truth would be is measured by training the same halves again with other seeds; where that was done
+the loss is the mean of both trainings, which has less noise (--truth).
 """
 
 from __future__ import annotations
@@ -15,20 +16,19 @@ import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from scipy.stats import rankdata
 
-from abu.plan import Collection
 from abu.testbed import Testbed, testbed_from
-from benchmark.retrain import add_judge_flags, again, collection_of, load_losses, random_halves
-from benchmark.retrainer import RetrainConfig
-from benchmark.scores import load_scores
+from benchmark.losses import Losses, open_losses
+from benchmark.retrain import add_judge_flags, again, random_halves
+from benchmark.retrainer import Retraining
 from fastgda.core import ROOT, command_line, environment, save_json
 from fastgda.metrics import bootstrap_interval, standard_error
-from feature_extraction.readers import read_split
 
+Truth = Literal["halves", "both"]
 SIGN_ERROR = -3.0
 """A mean LDS this many standard errors below zero is probably a sign error."""
 
@@ -49,13 +49,26 @@ def lds(scores: np.ndarray, seen: np.ndarray, losses: np.ndarray) -> np.ndarray:
     return correlate(-scores.astype(np.float64) @ seen.T, losses.T)
 
 
-def ceiling(losses: np.ndarray, again: np.ndarray) -> float:
+def ceiling(losses: np.ndarray, again: np.ndarray, concepts: list[str], truth: Truth = "halves") -> dict[str, Any]:
     """LDS that the true mean loss of each half would reach, from two trainings of the same halves [M, Q].
 
-    With reliability r, the correlation between the two trainings, one training correlates with its own expectation by
-    √r (attenuation).
+    Their reliability r is the correlation between the two trainings, mean over queries, with a bootstrap interval over
+    concepts. One training correlates with its own expectation by √r (attenuation), the mean of both by √(2r / (1 + r))
+    (Spearman and Brown). The root is taken of the mean: of each query's own r it would be biased, as none is below 0.
     """
-    return float(np.sqrt(np.clip(correlate(losses.T, again.T), 0, 1)).mean())
+    values = correlate(losses.T, again.T)
+    reliability, bounds = float(values.mean()), bootstrap_interval(values, concepts)
+
+    def reached(r: np.ndarray | float) -> np.ndarray:
+        r = np.clip(r, 0, 1)
+        return np.sqrt(r if truth == "halves" else 2 * r / (1 + r))
+
+    return {
+        "lds": float(reached(reliability)),
+        "interval": reached(bounds).tolist(),
+        "reliability": reliability,
+        "reliability_interval": bounds.tolist(),
+    }
 
 
 def seen_by(removed: list[np.ndarray], images: int) -> np.ndarray:
@@ -73,27 +86,42 @@ class Judge:
     testbed: Testbed
     split: str = "test"
     models: int = 64
+    wanted: Truth | None = None
+    """What scores are judged by: one training of each half, or the mean of two, which has less noise; by default the
+    mean where the halves have been trained again."""
 
     @cached_property
-    def collection(self) -> Collection:
+    def stored(self) -> Losses:
         """The retrained models."""
-        return collection_of(self.testbed, RetrainConfig())
+        return open_losses(self.testbed)
 
     @cached_property
     def concepts(self) -> list[str]:
         """Of the queries: those of one concept are not independent."""
-        return read_split(self.testbed.data, f"{self.split}_query").concepts
+        return self.stored.concepts(self.split)
+
+    @cached_property
+    def halves(self) -> list[Retraining]:
+        """The models."""
+        return random_halves(self.stored.images, self.models)
+
+    @cached_property
+    def truth(self) -> Truth:
+        """What scores are judged by."""
+        if self.wanted is None:
+            return "halves" if self.stored.missing(again(self.halves)) else "both"
+        return self.wanted
 
     @cached_property
     def seen(self) -> np.ndarray:
         """Which images each model saw, bool [M, N]."""
-        halves = random_halves(self.testbed.images, self.models)
-        return seen_by([np.asarray(job.removed) for job in halves], self.testbed.images)
+        return seen_by([np.asarray(job.removed) for job in self.halves], self.stored.images)
 
     @cached_property
     def losses(self) -> np.ndarray:
-        """Losses [M, Q] of the queries."""
-        return load_losses(self.collection, random_halves(self.testbed.images, self.models), self.split)
+        """Losses [M, Q] of the queries that scores are judged by."""
+        first = self.stored.of(self.halves, self.split)
+        return first if self.truth == "halves" else (first + self.stored.of(again(self.halves), self.split)) / 2
 
     def __call__(self, scores: np.ndarray) -> dict[str, Any]:
         """LDS of scores [Q, N]: mean over queries, bootstrap interval over their concepts, each query's, whether the
@@ -108,18 +136,37 @@ class Judge:
             "per_query": values.tolist(),
         }
 
-    def ceiling(self) -> float | None:
+    def ceiling(self) -> dict[str, Any] | None:
         """See `ceiling`; `None` while the halves have not been trained again."""
-        second = again(random_halves(self.testbed.images, self.models))
-        if self.collection.missing(second):
+        if self.stored.missing(again(self.halves)):
             return None
-        return ceiling(self.losses, load_losses(self.collection, second, self.split))
+        first, second = (self.stored.of(jobs, self.split) for jobs in (self.halves, again(self.halves)))
+        return ceiling(first, second, self.concepts, self.truth)
+
+    def report(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Rows with what they were judged by."""
+        judged = {"mode": self.testbed.name, "split": self.split, "models": self.models, "truth": self.truth}
+        return judged | {"ceiling": self.ceiling(), "rows": rows, "environment": environment()}
+
+
+def judged_path(name: str, split: str) -> Path:
+    """Where a report is written by default: that of the test queries under its own name."""
+    return ROOT / f"results/{name}{'' if split == 'test' else f'_{split}'}.json"
+
+
+def add_truth_flag(parser: argparse.ArgumentParser) -> None:
+    """`--truth`."""
+    parser.add_argument(
+        "--truth",
+        choices=get_args(Truth),
+        help="judge by one training of each half or by the mean of both (default: both where there are two)",
+    )
 
 
 def lds_line(name: str, row: dict[str, Any]) -> str:
     """A method's line of the table."""
     low, high = row["interval"]
-    warning = "  far below zero: are low scores the influential ones?" if row["probable_sign_error"] else ""
+    warning = "  far below zero: are low scores the influential ones?" if row.get("probable_sign_error") else ""
     return f"{name:24s} {row['lds']:+.4f}  [{low:+.4f}, {high:+.4f}]{warning}"
 
 
@@ -133,18 +180,18 @@ def main(argv: list[str] | None = None) -> None:
     add_judge_flags(parser)
     parser.add_argument("--split", choices=("val", "test"), default="test", help="which queries (default: test)")
     parser.add_argument("--models", type=int, default=64, help="models trained on halves (default: 64)")
-    parser.add_argument("--output", type=Path, default=ROOT / "results/lds/lds.json")
+    add_truth_flag(parser)
+    parser.add_argument("--output", type=Path, help="default: results/lds/lds[_<split>].json")
     args = parser.parse_args(argv)
     testbed = testbed_from(args)
-    judge, rows = Judge(testbed, args.split, args.models), []
+    judge, rows = Judge(testbed, args.split, args.models, args.truth), []
     for path in args.scores:
-        rows.append({"method": path.stem} | judge(load_scores(path, testbed, args.split)))
+        rows.append({"method": path.stem} | judge(judge.stored.scores(path, args.split)))
         print(lds_line(path.stem, rows[-1]))
-    report = {"split": args.split, "models": args.models, "rows": rows, "environment": environment()}
-    report["ceiling"] = judge.ceiling()
+    report = judge.report(rows)
     if report["ceiling"] is not None:
-        print(f"{'ceiling':24s} {report['ceiling']:+.4f}")
-    save_json(args.output, report)
+        print(lds_line("ceiling", report["ceiling"]))
+    save_json(args.output or judged_path("lds/lds", args.split), report)
 
 
 if __name__ == "__main__":

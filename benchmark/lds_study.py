@@ -18,10 +18,10 @@ from pathlib import Path
 from abu.cluster import add_cluster_flags, cluster_from
 from abu.testbed import testbed_from
 from benchmark.gradient_methods import METHODS, Method, collect_method, foresee_method, method_scores
-from benchmark.lds import Judge, lds_line
+from benchmark.lds import Judge, add_truth_flag, lds_line
 from benchmark.projected import FeatureConfig
 from benchmark.retrain import add_judge_flags
-from fastgda.core import ROOT, command_line, environment, save_json
+from fastgda.core import ROOT, command_line, save_json
 
 BASE = METHODS["abu-plus"].features
 """AbU+ to first order: key/value layers, EK-FAC."""
@@ -83,12 +83,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--study", choices=sorted(STUDIES), required=True)
     parser.add_argument("--split", choices=("val", "test"), default="val", help="which queries (default: val)")
     parser.add_argument("--models", type=int, default=64, help="models trained on halves (default: 64)")
+    add_truth_flag(parser)
     parser.add_argument("--output", type=Path, help="default: results/lds/study_<study>.json")
     add_cluster_flags(parser)
     parser.add_argument("--dry_run", action="store_true", help="print what each variant will need; compute nothing")
     args = parser.parse_args(argv)
     testbed, study = testbed_from(args), STUDIES[args.study]()
-    judge, rows = Judge(testbed, args.split, args.models), []
+    judge, rows = Judge(testbed, args.split, args.models, args.truth), []
     for name in study.variants:
         method = study.method(name)
         if args.dry_run:
@@ -98,9 +99,9 @@ def main(argv: list[str] | None = None) -> None:
         rows.append({"variant": name} | judge(method_scores(testbed, method, 1, args.split)[0]))
         print(lds_line(name, rows[-1]))
     if rows:
-        report = {"split": args.split, "models": args.models, "ceiling": judge.ceiling(), "rows": rows}
-        output = args.output or ROOT / f"results/lds/study_{args.study}.json"
-        save_json(output, report | {"environment": environment()})
+        suffix = "" if args.split == "val" else f"_{args.split}"
+        output = args.output or ROOT / f"results/lds/study_{args.study}{suffix}.json"
+        save_json(output, judge.report(rows))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import numpy as np
 from abu.plan import Collection
 from abu.testbed import Testbed, testbed_from
 from benchmark.lds import Judge, lds_line
+from benchmark.losses import collection_of
 from benchmark.removal import (
     EFFECTS,
     Effects,
@@ -36,7 +37,7 @@ from benchmark.removal import (
     removed_by,
     summarise,
 )
-from benchmark.retrain import add_judge_flags, add_training_flags, collection_of, train_models
+from benchmark.retrain import add_judge_flags, add_training_flags, train_models
 from benchmark.retrainer import RetrainConfig, Retraining
 from benchmark.scores import load_scores
 from fastgda.core import ROOT, command_line, environment, load_npz, save_json, sha256_file
@@ -121,7 +122,7 @@ def judge_file(path: Path, testbed: Testbed, args: argparse.Namespace) -> dict[s
     collection, queries = collection_of(testbed, RetrainConfig()), judged_queries(testbed, config.queries)
     judge = Judge(testbed, "test", args.models)
     row: dict[str, Any] = {"method": path.stem, "scores": sha256_file(path), "mode": testbed.name}
-    row |= judge(scores) | {"ceiling": judge.ceiling(), "retrieval": retrieval(testbed, scores)}
+    row |= judge(scores) | {"truth": judge.truth, "ceiling": judge.ceiling(), "retrieval": retrieval(testbed, scores)}
     if args.retrain:
         plan = removal_plan({path.stem: scores}, queries, testbed.images, config)
         train_models(testbed, collection, models_of(plan, config), args)

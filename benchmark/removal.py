@@ -32,7 +32,8 @@ from PIL import Image
 from abu.models import Autoencoder
 from abu.plan import Collection
 from abu.testbed import Testbed, testbed_from
-from benchmark.retrain import add_judge_flags, add_training_flags, collection_of, models_done, references, train_models
+from benchmark.losses import collection_of
+from benchmark.retrain import add_judge_flags, add_training_flags, models_done, references, train_models
 from benchmark.retrainer import RetrainConfig, Retraining
 from benchmark.scores import load_scores
 from fastgda.core import ROOT, best_device, command_line, environment, load_npz, save_json

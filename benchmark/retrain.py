@@ -5,6 +5,7 @@
     python -m benchmark.retrain reference --models 4             # on all images, with several seeds
     python -m benchmark.retrain creators --models 3              # without each creator in turn, with several seeds
     python -m benchmark.retrain status                           # how many models are done, models per hour
+    python -m benchmark.retrain export                           # all losses in one file (`benchmark.losses`)
 
 A model is trained with the recipe of the reference model; what is kept of it is the loss of every validation and test
 query, the same draws of (t, ε) for all models, and the test queries sampled again with their seeds; of a model trained
@@ -21,7 +22,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -32,13 +33,12 @@ from torch import Tensor, nn
 from abu.cluster import add_cluster_flags, cluster_from, run_plan
 from abu.plan import Collection
 from abu.testbed import Testbed, add_testbed_flags, testbed_from
-from benchmark.retrainer import JUDGED, WEIGHT, RetrainConfig, Retrainer, Retraining
+from benchmark.losses import JUDGED_MODE, collection_of, export_losses, folder_of
+from benchmark.retrainer import WEIGHT, RetrainConfig, Retrainer, Retraining
 from benchmark.together import run_together
-from fastgda.core import command_line, load_npz, require_file, sha256_file
+from fastgda.core import command_line, load_npz
 from feature_extraction.readers import read_split
 
-JUDGED_MODE = "emoji-mini"
-"""The testbed that is small enough to be trained again many times."""
 SECOND_SEED = 100_000
 """Added to the seeds of the halves when they are trained again."""
 MODELS = {"halves": 64, "again": 64, "reference": 4, "creators": 3}
@@ -71,24 +71,6 @@ def without_creators(sets: list[str], models: int) -> list[Retraining]:
     return [Retraining(ids, seed) for ids in removed for seed in range(models)]
 
 
-def collection_of(testbed: Testbed, config: RetrainConfig) -> Collection:
-    """The folder of a testbed's retrained models; `ValueError` if it was made with another recipe or other queries."""
-    collection = Collection(folder_of(testbed))
-    settings = asdict(config) | {"diffusion": asdict(testbed.diffusion), "loop": asdict(testbed.diffusion_loop)}
-    settings["loop"].pop("seed")
-    files = {"latents": testbed.data / "trainset/latents.npy", "text": testbed.data / "trainset/text_embeddings.npy"}
-    files |= {f"query_{split}": testbed.data / f"query_{split}/latents.npy" for split in JUDGED}
-    made_by = f"python -m abu.encode --mode {testbed.name}, python -m abu.sample --mode {testbed.name}"
-    inputs = {name: sha256_file(require_file(path, made_by)) for name, path in files.items()}
-    collection.claim(settings, inputs, command="python -m benchmark.retrain")
-    return collection
-
-
-def folder_of(testbed: Testbed) -> Path:
-    """Where the retrained models' results are kept."""
-    return testbed.data / "cache/retrain"
-
-
 def reference_file(testbed: Testbed, seed: int) -> Path:
     """The results of the model trained on everything with a seed."""
     return folder_of(testbed) / Retraining((), seed).name
@@ -119,13 +101,6 @@ def train_models(testbed: Testbed, collection: Collection, jobs: list[Retraining
         run_plan(partial(Retrainer, testbed, RetrainConfig()), collection, jobs, cluster, "model")
 
 
-def load_losses(collection: Collection, jobs: list[Retraining], split: str) -> np.ndarray:
-    """Losses [models, Q] of the queries of a split under each model."""
-    key = f"losses_{split}"
-    made_by = "python -m benchmark.retrain"
-    return np.stack([load_npz(collection.path(job), (key,), made_by)[key] for job in jobs])
-
-
 def plans_of(testbed: Testbed) -> dict[str, Callable[[int], list[Retraining]]]:
     """Name -> the models of a plan, given how many are wanted."""
     table = read_split(testbed.data, "data")
@@ -149,13 +124,16 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmark.retrain", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=(*MODELS, "status"))
+    parser.add_argument("what", choices=(*MODELS, "status", "export"))
     add_judge_flags(parser)
     defaults = ", ".join(f"{name} {count}" for name, count in MODELS.items())
     parser.add_argument("--models", type=int, help=f"models; for creators, models of each (default: {defaults})")
     add_training_flags(parser)
     args = parser.parse_args(argv)
     testbed, config = testbed_from(args), RetrainConfig()
+    if args.what == "export":
+        print(export_losses(testbed))
+        return
     collection, plans = collection_of(testbed, config), plans_of(testbed)
     if args.what == "status":
         for title, plan in plans.items():

@@ -58,6 +58,12 @@ def load_scores(path: Path, testbed: Testbed, split: str) -> np.ndarray:
     ids that are not the testbed's, or was made from another model, training set or queries.
     """
     shape = (len(testbed.query_captions(split)), testbed.images)
+    wanted = score_inputs(testbed, split) if manifest_path(path).is_file() else {}
+    return read_scores(path, shape, wanted, f"{testbed.name}, {split} queries")
+
+
+def read_scores(path: Path, shape: tuple[int, int], wanted: dict[str, str], whose: str) -> np.ndarray:
+    """`load_scores` for any Q and N; `wanted`: hashes of what they must be made from, `whose`: what errors call it."""
     scores = _with_ids(path, shape) if zipfile.is_zipfile(require_file(path)) else load_npy(path, shape)
     if not (np.issubdtype(scores.dtype, np.floating) or np.issubdtype(scores.dtype, np.integer)):
         raise ValueError(f"{path}: expected numbers, found {scores.dtype}")
@@ -70,11 +76,11 @@ def load_scores(path: Path, testbed: Testbed, split: str) -> np.ndarray:
             f"{path}: expected scores that differ, found the same for all images in row {constant.argmax()}"
         )
     if manifest_path(path).is_file():
-        made_from, wanted = read_manifest(path)["inputs"], score_inputs(testbed, split)
+        made_from = read_manifest(path)["inputs"]
         for name, value in wanted.items():
             if name in made_from and made_from[name] != value:
                 raise ValueError(
-                    f"{path}: expected scores of this testbed ({testbed.name}, {split} queries), "
+                    f"{path}: expected scores of this testbed ({whose}), "
                     f"found another {name}: SHA-256 {made_from[name][:12]}…, not {value[:12]}…"
                 )
     return scores.astype(np.float64)

@@ -81,8 +81,9 @@ def table1(reports: dict[str, Row]) -> str:
             effects = ("delta_loss", "mse", "similarity")
             line += [effect(row[key]) for key in effects] if row else [""] * len(effects)
         lines.append(line)
-    if (reports.get("lds") or {}).get("ceiling") is not None:
-        lines.append(["ceiling of the LDS", "", "", number(reports["lds"]["ceiling"]), *[""] * (len(header) - 4)])
+    if (bound := (reports.get("lds") or {}).get("ceiling")) is not None:
+        cell = interval(bound["lds"], bound["interval"])
+        lines.append(["ceiling of the LDS", "", "", cell, *[""] * (len(header) - 4)])
     return markdown(header, lines)
 
 

@@ -157,7 +157,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     testbed = testbed_from(args)
     report = merge(testbed, args.passes or whole_passes(testbed), testbed.data)
-    save_json(testbed.root / "results/teacher/first_order.json", report | {"environment": environment()})
+    name = "first_order.json" if testbed.name == "emoji" else f"first_order_{testbed.name}.json"
+    report |= {"mode": testbed.name, "environment": environment()}
+    save_json(testbed.root / "results/teacher" / name, report)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import functools
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -38,6 +39,7 @@ from benchmark import (
 )
 from benchmark.gradient_methods import METHODS, Method, method_scores
 from benchmark.gradient_store import StoreConfig, load_store
+from benchmark.losses import CachedLosses
 from benchmark.projected import FeatureConfig
 from benchmark.retrainer import RetrainConfig, Retrainer, Retraining
 from benchmark.scores import load_scores, save_scores, score_inputs
@@ -205,12 +207,50 @@ def test_lds_command_reports_ceiling_and_sign(retrained, scores, tmp_path, capsy
     assert rows["good"]["lds"] > 0.5 and not rows["good"]["probable_sign_error"]
     assert rows["bad"]["lds"] == pytest.approx(-rows["good"]["lds"]) and rows["bad"]["probable_sign_error"]
     assert "far below zero: are low scores the influential ones?" in capsys.readouterr().out
-    assert 0 <= json.loads(output.read_text())["ceiling"] <= 1
+    report = json.loads(output.read_text())
+    assert 0 <= report["ceiling"]["lds"] <= 1
+    assert report["mode"] == "emoji-mini" and report["truth"] == "both"
+
+
+def test_an_export_judges_as_the_models_do_and_needs_no_data(retrained, scores, tmp_path, capsys):
+    assert retrain.main(["export"]) == 0
+    alone = replace(retrained, root=tmp_path / "clone")
+    shutil.copytree(retrained.root / "results", alone.root / "results")
+    shutil.copytree(retrained.data / "scores", tmp_path / "scores")
+    files, flags = [str(tmp_path / "scores" / path.name) for path in scores], ["--models", str(HALVES)]
+    for command, name in ((lds, "lds"), (creators, "creators")):
+        few = flags if command is lds else ["--models", "2", "--references", "2"]
+        found = []
+        for root in (retrained.root, alone.root):
+            output = tmp_path / f"{name}.json"
+            assert command.main([*files, *few, "--root", str(root), "--output", str(output)]) == 0
+            found.append(json.loads(output.read_text()))
+        assert found[0] == found[1]
+    capsys.readouterr()
+    assert lds.main([files[0], "--models", "5", "--root", str(alone.root)]) == 2
+    assert "expected 5 models, found no without_" in capsys.readouterr().err
+    write_manifest(Path(files[0]), {}, command="", inputs={"queries": "0" * 64})
+    assert lds.main([files[0], *flags, "--root", str(alone.root)]) == 2
+    assert "found another queries: SHA-256 000000000000" in capsys.readouterr().err
+    with pytest.MonkeyPatch.context() as patch:
+        loop = replace(retrained.diffusion_loop, steps=4)
+        patch.setitem(TESTBEDS, "emoji-mini", replace(retrained, diffusion_loop=loop))
+        assert lds.main([files[1], *flags, "--root", str(alone.root)]) == 2
+    assert "expected the losses of the recipe of now, found others (config.loop is" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("truth", ["halves", "both"])
+def test_scores_are_judged_by_one_training_or_by_the_mean_of_two(retrained, truth):
+    judge = lds.Judge(retrained, "test", HALVES, truth)
+    stored = [judge.stored.of(jobs, "test") for jobs in (judge.halves, retrain.again(judge.halves))]
+    np.testing.assert_allclose(judge.losses, stored[0] if truth == "halves" else np.mean(stored, 0), rtol=1e-6)
+    assert lds.Judge(retrained, "test", HALVES).truth == "both"
+    assert lds.Judge(retrained, "test", HALVES + 1).truth == "halves"
 
 
 def test_creators_effects_and_sums(retrained, scores, tmp_path):
     sets = [SETS[i % 3] for i in range(IMAGES)]
-    effects = creators.load_effects(retrained, sets, "test", 2, 2)
+    effects = creators.load_effects(CachedLosses(retrained), "test", 2, 2)
     reference = np.mean(
         [load_npz(retrain.reference_file(retrained, s), ("losses_test",))["losses_test"] for s in (0, 1)], 0
     )

@@ -36,7 +36,20 @@ def test_true_influence_scores_high_its_opposite_low_and_noise_nothing(planted):
     np.testing.assert_allclose(lds.lds(-influence, seen, losses).mean(), -found)
     noise = np.random.default_rng(2).normal(size=(50, *influence.shape))
     assert abs(np.mean([lds.lds(scores, seen, losses).mean() for scores in noise])) < 0.05
-    assert found - 0.03 < lds.ceiling(losses, again) < 1
+    concepts = ["a", "a", "b", "c", "d", "e", "f"]
+    once, twice = (lds.ceiling(losses, again, concepts, truth) for truth in ("halves", "both"))
+    assert found - 0.03 < once["lds"] < twice["lds"] < 1
+    assert once["lds"] == pytest.approx(lds.correlate(losses.T, again.T).mean() ** 0.5)
+    assert once["interval"][0] < once["lds"] < once["interval"][1]
+    assert twice["lds"] == pytest.approx((2 * once["reliability"] / (1 + once["reliability"])) ** 0.5)
+    both = lds.lds(influence, seen, (losses + again) / 2).mean()
+    assert found < both < twice["lds"] + 0.03
+
+
+def test_losses_of_noise_have_no_ceiling():
+    losses, again = np.random.default_rng(4).normal(size=(2, 64, 200))
+    found = lds.ceiling(losses, again, [f"{i}" for i in range(200)])
+    assert abs(found["reliability"]) < 0.05 and found["lds"] < 0.2
 
 
 def test_scores_of_the_wrong_shape_or_not_finite_are_refused(planted):

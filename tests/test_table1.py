@@ -25,7 +25,7 @@ REPORTS = {
         ]
     },
     "lds/lds.json": {
-        "ceiling": 0.7,
+        "ceiling": {"lds": 0.7, "interval": [0.6, 0.8]},
         "rows": [
             {"method": "trak", "lds": 0.1, "interval": [0.05, 0.15]},
             {"method": "tuned", "lds": 0.3, "interval": [0.25, 0.35]},

@@ -1,0 +1,218 @@
+"""What judges read of retrained models: losses of the queries, from the models' own files or from an export of them.
+
+    python -m benchmark.retrain export              # results/retrain/losses.npz, of all models in the cache
+    python -m benchmark.lds scores.npy              # in a clone without data: from the export
+
+The export holds the name, the removed images (one bit an image), the seed and the losses of every model; concepts and
+sets of the queries, sets of the training images; its manifest the recipe and the hashes of training set, queries and
+source model, so that scores of others are refused as they are beside the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from abu.plan import Collection
+from abu.testbed import Testbed
+from benchmark.retrainer import JUDGED, RetrainConfig, Retraining
+from benchmark.scores import load_scores, read_scores, score_inputs
+from fastgda.core import (
+    load_npz,
+    manifest_difference,
+    read_manifest,
+    require_file,
+    save_npz,
+    sha256_file,
+    write_manifest,
+)
+from feature_extraction.readers import read_split
+
+JUDGED_MODE = "emoji-mini"
+"""The testbed that is small enough to be trained again many times."""
+
+
+def folder_of(testbed: Testbed) -> Path:
+    """Where the retrained models' results are kept."""
+    return testbed.data / "cache/retrain"
+
+
+def export_path(testbed: Testbed) -> Path:
+    """Where their losses are exported to."""
+    suffix = "" if testbed.name == JUDGED_MODE else f"_{testbed.name}"
+    return testbed.root / f"results/retrain/losses{suffix}.npz"
+
+
+def settings_of(testbed: Testbed, config: RetrainConfig) -> dict[str, Any]:
+    """The recipe that models are trained and measured with."""
+    settings = asdict(config) | {"diffusion": asdict(testbed.diffusion), "loop": asdict(testbed.diffusion_loop)}
+    settings["loop"].pop("seed")
+    return settings
+
+
+def collection_of(testbed: Testbed, config: RetrainConfig) -> Collection:
+    """The folder of a testbed's retrained models; `ValueError` if it was made with another recipe or other queries."""
+    collection = Collection(folder_of(testbed))
+    files = {"latents": testbed.data / "trainset/latents.npy", "text": testbed.data / "trainset/text_embeddings.npy"}
+    files |= {f"query_{split}": testbed.data / f"query_{split}/latents.npy" for split in JUDGED}
+    made_by = f"python -m abu.encode --mode {testbed.name}, python -m abu.sample --mode {testbed.name}"
+    inputs = {name: sha256_file(require_file(path, made_by)) for name, path in files.items()}
+    collection.claim(settings_of(testbed, config), inputs, command="python -m benchmark.retrain")
+    return collection
+
+
+class Losses(Protocol):
+    """What judges ask of the models, wherever their losses are kept."""
+
+    @property
+    def images(self) -> int:
+        """N, the number of training images."""
+
+    def concepts(self, split: str) -> list[str]:
+        """Concepts of the queries of a split."""
+
+    def sets(self, split: str) -> list[str]:
+        """Creators of the queries of a split or, with "training", of the training images."""
+
+    def missing(self, jobs: Sequence[Retraining]) -> list[Retraining]:
+        """Models whose losses are not there."""
+
+    def of(self, jobs: Sequence[Retraining], split: str) -> np.ndarray:
+        """Losses [models, Q] of the queries of a split under each model; `ValueError` if a model is missing."""
+
+    def scores(self, path: Path, split: str) -> np.ndarray:
+        """A score file for these images and queries (`benchmark.scores.load_scores`)."""
+
+
+def open_losses(testbed: Testbed) -> Losses:
+    """Those of the models in the cache or, where it has none, of the export."""
+    cached = any(folder_of(testbed).glob("without_*.npz"))
+    if not cached and export_path(testbed).is_file():
+        return ExportedLosses(testbed)
+    return CachedLosses(testbed)
+
+
+@dataclass(frozen=True)
+class CachedLosses:
+    """Of the models' own files, beside the testbed's data."""
+
+    testbed: Testbed
+
+    @cached_property
+    def collection(self) -> Collection:
+        """The retrained models."""
+        return collection_of(self.testbed, RetrainConfig())
+
+    @property
+    def images(self) -> int:
+        """See `Losses`."""
+        return self.testbed.images
+
+    def concepts(self, split: str) -> list[str]:
+        """See `Losses`."""
+        return read_split(self.testbed.data, f"{split}_query").concepts
+
+    def sets(self, split: str) -> list[str]:
+        """See `Losses`."""
+        return read_split(self.testbed.data, "data" if split == "training" else f"{split}_query").sets
+
+    def missing(self, jobs: Sequence[Retraining]) -> list[Retraining]:
+        """See `Losses`."""
+        return self.collection.missing(jobs)
+
+    def of(self, jobs: Sequence[Retraining], split: str) -> np.ndarray:
+        """See `Losses`."""
+        key, made_by = f"losses_{split}", "python -m benchmark.retrain"
+        return np.stack([load_npz(self.collection.path(job), (key,), made_by)[key] for job in jobs])
+
+    def scores(self, path: Path, split: str) -> np.ndarray:
+        """See `Losses`."""
+        return load_scores(path, self.testbed, split)
+
+
+class ExportedLosses:
+    """Of an export, without the testbed's data; `ValueError` if it was made with another recipe."""
+
+    def __init__(self, testbed: Testbed) -> None:
+        self.testbed, self.path = testbed, export_path(testbed)
+        manifest = read_manifest(self.path)
+        difference = manifest_difference(self.path, settings_of(testbed, RetrainConfig()), manifest["inputs"])
+        if difference is not None:
+            raise ValueError(f"{self.path}: expected the losses of the recipe of now, found others ({difference})")
+        self.inputs: dict[str, str] = manifest["inputs"]
+        judged = [f"{name}_{split}" for name in ("losses", "concepts", "sets") for split in JUDGED]
+        columns = ("names", "removed", "images", "sets_training", *judged)
+        self.arrays = load_npz(self.path, columns, "python -m benchmark.retrain export")
+        self.rows = {name: row for row, name in enumerate(self.arrays["names"].tolist())}
+
+    @property
+    def images(self) -> int:
+        """See `Losses`."""
+        return int(self.arrays["images"])
+
+    def concepts(self, split: str) -> list[str]:
+        """See `Losses`."""
+        return self.arrays[f"concepts_{split}"].tolist()
+
+    def sets(self, split: str) -> list[str]:
+        """See `Losses`."""
+        return self.arrays[f"sets_{split}"].tolist()
+
+    def missing(self, jobs: Sequence[Retraining]) -> list[Retraining]:
+        """See `Losses`."""
+        return [job for job in jobs if job.name not in self.rows]
+
+    def of(self, jobs: Sequence[Retraining], split: str) -> np.ndarray:
+        """See `Losses`."""
+        missing = self.missing(jobs)
+        if missing:
+            raise ValueError(f"{self.path}: expected {len(jobs)} models, found no {missing[0].name}")
+        rows = [self.rows[job.name] for job in jobs]
+        removed = np.unpackbits(self.arrays["removed"][rows], axis=1, count=self.images)
+        for job, bits in zip(jobs, removed, strict=True):
+            if not np.array_equal(np.flatnonzero(bits), job.removed):
+                raise ValueError(f"{self.path}: expected {job.name} to lack the images of its name, found others")
+        return self.arrays[f"losses_{split}"][rows]
+
+    def scores(self, path: Path, split: str) -> np.ndarray:
+        """See `Losses`."""
+        wanted = {"training": self.inputs["training"], "queries": self.inputs[split], "model": self.inputs["model"]}
+        shape = (len(self.concepts(split)), self.images)
+        return read_scores(path, shape, wanted, f"{self.testbed.name}, {split} queries")
+
+
+def export_losses(testbed: Testbed) -> Path:
+    """Writes the export of all models in the cache and returns its path; `ValueError` if there is none."""
+    cached = CachedLosses(testbed)
+    files = sorted(path for path in cached.collection.folder.glob("without_*_seed_*.npz"))
+    if not files:
+        raise ValueError(f"{cached.collection.folder}: expected retrained models, found none")
+    keys = ("removed", *(f"losses_{split}" for split in JUDGED))
+    found = [load_npz(path, keys) for path in files]
+    bits = np.zeros((len(files), cached.images), bool)
+    for row, arrays in zip(bits, found, strict=True):
+        row[arrays["removed"]] = True
+    columns = {
+        "names": np.array([path.name for path in files]),
+        "seeds": np.array([int(path.stem.rsplit("_", 1)[1]) for path in files]),
+        "removed": np.packbits(bits, axis=1),
+        "images": np.array(cached.images),
+        "sets_training": np.array(cached.sets("training")),
+    }
+    inputs: dict[str, str] = {}
+    for split in JUDGED:
+        columns[f"losses_{split}"] = np.stack([arrays[f"losses_{split}"] for arrays in found])
+        columns[f"concepts_{split}"] = np.array(cached.concepts(split))
+        columns[f"sets_{split}"] = np.array(cached.sets(split))
+        hashes = score_inputs(testbed, split)
+        inputs |= {"training": hashes["training"], "model": hashes["model"], split: hashes["queries"]}
+    path = export_path(testbed)
+    save_npz(path, compress=True, **columns)
+    settings = settings_of(testbed, RetrainConfig())
+    write_manifest(path, settings, command="python -m benchmark.retrain export", inputs=inputs, mode=testbed.name)
+    return path
