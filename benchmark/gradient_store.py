@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,7 +55,15 @@ class StoreConfig:
         parts = [f.measure, f.layers, f.curvature, str(f.projection), f"{f.bins}x{f.draws}"]
         parts += [f"damping_{f.damping:g}"] * (f.curvature != "none")
         parts += ["normalised"] * f.normalised + ["journey"] * self.journey + [f"model_{self.model}"] * (self.model > 0)
-        return "-".join(parts)
+        return "-".join(parts if f.only is None else [*parts, f"bin_{f.only}"])
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the folder's manifest says; nothing of a choice of bins where there is none, as before there was one."""
+        found = asdict(self)
+        if self.features.only is None:
+            del found["features"]["only"]
+        return found
 
 
 class GradientWorker:
@@ -142,7 +151,7 @@ def claimed(testbed: Testbed, config: StoreConfig) -> Collection:
     files = {"model": weights, "training": testbed.data / "trainset/latents.npy"}
     files |= {f"query_{split}": testbed.data / f"query_{split}/latents.npy" for split in JUDGED}
     inputs = {name: sha256_file(require_file(path)) for name, path in files.items()}
-    collection.claim(asdict(config), inputs, command="python -m benchmark.methods")
+    collection.claim(config.settings, inputs, command="python -m benchmark.methods")
     return collection
 
 

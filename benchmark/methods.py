@@ -11,6 +11,7 @@
     python -m benchmark.methods trak journey-trak d-trak das abu ekfac --workers 2    # resumable
     python -m benchmark.methods trak d-trak --select            # the ridge λ by the LDS of the validation queries
     python -m benchmark.methods trak --models 4 --ridge 0.1     # trak-4models-ridge0.1.npy
+    python -m benchmark.methods abu-plus --layers attn --damping 0.01 --name abu-attn    # other settings, another name
 
 Writes data/<mode>/scores/<name>.npy, which benchmark.lds, benchmark.removal and the leaderboard judge and call by that
 name: the method, tuned-<feature type> for a ranker, with -<M>models, -ridge<λ> or -selected after it where these were
@@ -23,19 +24,22 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from abu.cluster import add_cluster_flags, cluster_from
+from abu.layers import LayerPattern
 from abu.stages import whole_passes
 from abu.testbed import SPLITS, Testbed, testbed_from
 from abu.unlearn import STEP
 from benchmark.exact_rankings import full_influence
 from benchmark.finite_step import load_changes, load_terms, require_own_steps, whole_step_passes
-from benchmark.gradient_methods import METHODS, collect_method, foresee_method, method_scores, select_ridge
+from benchmark.gradient_methods import METHODS, Method, collect_method, foresee_method, method_scores, select_ridge
 from benchmark.lds import Judge
+from benchmark.projected import Measure
 from benchmark.retrain import add_judge_flags
 from benchmark.retrainer import JUDGED
 from benchmark.scores import save_scores
@@ -50,6 +54,8 @@ TERMS = {"first-order": "first", "second-order": "second"}
 """The terms of the finite step, which alone are its limits for small and for large α."""
 COLLECTED = (FINITE_STEP, *TERMS, *TEACHERS, EXACT)
 """The teachers, whose scores abu.collect and abu.collect_exact made."""
+OVERRIDES = ("layers", "curvature", "damping", "measure", "bins", "draws", "query_draws", "only", "normalised")
+"""Settings of methods on gradients that have a flag."""
 AT, NEAREST = f"{FINITE_STEP}@", "-knn"
 """Begins the names of finite steps of another size; ends those of teachers on candidates, as the paper collects them
 for training queries."""
@@ -154,16 +160,25 @@ def score_name(method: str, args: argparse.Namespace) -> str:
     return name if args.ridge is None else f"{name}-ridge{args.ridge:g}"
 
 
+def recipe_of(method: str, args: argparse.Namespace) -> Method:
+    """A method on gradients with the settings that were asked for; `ValueError` if it then has no name of its own."""
+    changed = {name: value for name in OVERRIDES if (value := getattr(args, name)) is not None}
+    if changed and args.name is None:
+        raise ValueError(f"--{next(iter(changed))}: expected --name beside it, found none")
+    return replace(METHODS[method], features=replace(METHODS[method].features, **changed))
+
+
 def gradient_scores(testbed: Testbed, method: str, args: argparse.Namespace) -> tuple[np.ndarray, dict[str, Any]]:
     """(scores, settings) of a method on gradients; collects what is missing."""
-    collect_method(testbed, METHODS[method], args.models, cluster_from(args))
-    settings: dict[str, Any] = {"method": method, "models": args.models}
+    recipe = recipe_of(method, args)
+    collect_method(testbed, recipe, args.models, cluster_from(args))
+    settings: dict[str, Any] = {"method": method, "models": args.models, "features": asdict(recipe.features)}
     ridge = args.ridge
-    if args.select and METHODS[method].score != "inner":
-        ridge, table = select_ridge(testbed, METHODS[method], args.models, Judge(testbed, "val", args.halves))
+    if args.select and recipe.score != "inner":
+        ridge, table = select_ridge(testbed, recipe, args.models, Judge(testbed, "val", args.halves))
         settings["validation"] = table
         print(*(f"{method}: ridge {row['ridge']:.3g}: LDS {row['lds']:+.4f} on validation" for row in table), sep="\n")
-    scores, used = method_scores(testbed, METHODS[method], args.models, args.split, ridge)
+    scores, used = method_scores(testbed, recipe, args.models, args.split, ridge)
     return scores, settings | {"ridge": used}
 
 
@@ -184,6 +199,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--ridge", type=float, help="λ (default: the paper's, or a share of the mean squared length)")
     parser.add_argument("--select", action="store_true", help="λ by the LDS of the validation queries")
     parser.add_argument("--halves", type=int, default=64, help="models that --select judges with (default: 64)")
+    group = parser.add_argument_group("settings of a method on gradients (default: its own); with --name")
+    group.add_argument("--layers", choices=get_args(LayerPattern), help="layers whose weights count")
+    group.add_argument("--curvature", choices=("none", "diagonal", "ekfac"), help="what whitens the gradients")
+    group.add_argument("--damping", type=float, help="its damping, as a share of a layer's mean eigenvalue")
+    group.add_argument("--measure", choices=get_args(Measure), help="what is differentiated")
+    group.add_argument("--bins", type=int, help="timestep bins")
+    group.add_argument("--draws", type=int, help="draws of a training image in each bin")
+    group.add_argument("--query_draws", type=int, help="draws of a query in each bin")
+    group.add_argument("--only", type=int, help="the one bin that all draws are taken in")
+    group.add_argument("--normalised", action="store_true", default=None, help="bins brought to length one")
     parser.add_argument("--name", help="what the scores are called, where one method is asked for")
     add_cluster_flags(parser)
     parser.add_argument("--dry_run", action="store_true", help="print what gradients will need; compute nothing")
@@ -196,7 +221,7 @@ def main(argv: list[str] | None = None) -> None:
     for method in args.methods:
         if args.dry_run:
             if method in METHODS:
-                needed = foresee_method(testbed, METHODS[method], args.models, args.workers or 1)
+                needed = foresee_method(testbed, recipe_of(method, args), args.models, args.workers or 1)
                 print(*(f"{method}: {line}" for line in needed), sep="\n")
             continue
         command = f"python -m benchmark.methods {method} --mode {testbed.name}"

@@ -54,6 +54,8 @@ class FeatureConfig:
     normalised: bool = False
     """Whether the gradient of each bin is brought to length one before the mean over bins (DAS)."""
     seed: int = 0
+    only: int | None = None
+    """The one bin that all draws are taken in, as many as all bins have together."""
 
     def __post_init__(self) -> None:
         if self.measure not in ("loss", "square", "mean") or self.projection < 1 or not self.damping > 0:
@@ -61,10 +63,18 @@ class FeatureConfig:
                 "expected measure loss, square or mean, a positive projection and damping, "
                 f"found {self.measure!r}, {self.projection} and {self.damping}"
             )
+        if self.only is not None and not 0 <= self.only < self.bins:
+            raise ValueError(f"expected a bin from 0 to {self.bins - 1}, found {self.only}")
+
+    @property
+    def places(self) -> range:
+        """Bins that draws are taken in."""
+        return range(self.bins) if self.only is None else range(self.only, self.only + 1)
 
     def draws_of(self, part: str, timesteps: int) -> DrawConfig:
         """Draws of a split of the queries or, with "training", of the training set."""
         count = self.draws if part == "training" else self.query_draws
+        count *= self.bins // len(self.places)
         return DrawConfig(self.bins, count, timesteps=timesteps, seed=self.seed)
 
 
@@ -125,7 +135,8 @@ class ProjectedGradients:
         return torch.cat(rows)
 
     def _few(self, examples: Examples, draws: DrawConfig, run: int) -> tuple[Tensor, Tensor]:
-        bins = [[(t, e, examples.latents) for t, e in examples.draws(draws, run, index)] for index in range(draws.bins)]
+        places = self.config.places
+        bins = [[(t, e, examples.latents) for t, e in examples.draws(draws, run, index)] for index in places]
         if not self.config.normalised:
             bins = [[draw for drawn in bins for draw in drawn]]
         total, residual = torch.zeros(()), torch.zeros(())

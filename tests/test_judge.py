@@ -31,6 +31,7 @@ from benchmark import (
     image_rows,
     latency,
     lds,
+    lds_study,
     leaderboard,
     methods,
     removal,
@@ -408,6 +409,45 @@ def test_terms_of_other_queries_are_no_scores(collected, tmp_path, capsys):
     save_npy(queries, np.load(queries) + 1)
     assert methods.main(["finite-step", "--root", str(tmp_path)]) == 2
     assert "found those of another data/emoji-mini/query_test/latents.npy" in capsys.readouterr().err
+
+
+def test_a_study_of_steps_judges_what_is_collected(collected, retrained, tmp_path):
+    output = tmp_path / "study.json"
+    flags = ["--models", str(HALVES), "--output", str(output)]
+    assert lds_study.main(["--study", "step", *flags]) == 0
+    report = json.loads(output.read_text())
+    rows = {row["method"]: row for row in report["rows"]}
+    assert rows.keys() == {*(f"finite-step@{step:g}" for step in lds_study.STEPS), "first-order", "second-order"}
+    judge = lds.Judge(collected, "val", HALVES)
+    expected = judge(methods.teacher_scores(collected, "finite-step@10", "val"))
+    assert rows["finite-step@10"]["per_query"] == expected["per_query"]
+    assert report["fixed"] == "the passes that abu.collect steps has collected" and report["split"] == "val"
+
+
+def test_a_study_of_bins_spends_the_same_draws_on_each(retrained, tmp_path):
+    output = tmp_path / "study.json"
+    base = replace(lds_study.BASE, bins=2, draws=1, query_draws=1, projection=64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lds_study, "BASE", base)
+        variants = lds_study.bins().variants
+        assert lds_study.main(["--study", "bins", "--models", str(HALVES), "--output", str(output)]) == 0
+        assert {config.bins * config.draws for config in lds_study.strata().variants.values()} == {2}
+    assert list(variants) == ["all bins", "bin 0 of 2 alone", "bin 1 of 2 alone"]
+    budgets = [(c.draws_of("training", 1000), len(c.places)) for c in variants.values()]
+    assert [draws.draws * places for draws, places in budgets] == [2, 2, 2]
+    rows = {row["variant"]: row for row in json.loads(output.read_text())["rows"]}
+    chosen = ["--curvature", "ekfac", "--only", "1", "--name", "late"]
+    assert methods.main(["abu-plus", *chosen, "--split", "val"]) == 0
+    found = load_scores(retrained.data / "scores/val/late.npy", retrained, "val")
+    late = lds.Judge(retrained, "val", HALVES)(found)
+    assert late["per_query"] == pytest.approx(rows["bin 1 of 2 alone"]["per_query"])
+
+
+def test_other_settings_need_another_name(small, capsys):
+    assert methods.main(["abu-plus", "--damping", "1", "--dry_run"]) == 2
+    assert "--damping: expected --name beside it, found none" in capsys.readouterr().err
+    assert methods.main(["abu-plus", "--only", "2", "--name", "x", "--dry_run"]) == 2
+    assert "expected a bin from 0 to 1, found 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("size", ["", "x", "0", "-1", "inf", "nan"])
