@@ -1,37 +1,46 @@
 """Latency and storage of attribution methods: what one query costs on one machine that is warm.
 
     python -m benchmark.latency effnet+minilm tuned trak d-trak abu-plus exact --checkpoint weights/....pth
+    python -m abu.query build && python -m benchmark.latency plain normalised finite-step       # the teachers
 
 A query is a generated image with its prompt. Measured warm (models, features and kernels in memory, one query first),
 median of several queries: features: encoding and N inner products; the ranker: its MLP as well; gradient methods: the
-query's gradients and N inner products in the projected space; exact AbU+: the query's gradient, one step, and the loss
-of every training image, timed on some of them and scaled to N. Storage is what must be kept for the training set.
-Writes results/latency/latency.json.
+query's gradients and N inner products in the projected space; the first-order teachers: the query's gradients and their
+products with the stored ones of the training set, as `abu.query` takes them; exact AbU+: the query's gradient, a step,
+and the loss of every training image, timed on some of them and scaled to N. The teacher of a finite step keeps nothing
+that a new query could be multiplied with, and so costs as much as the exact form. Storage is what must be kept for the
+training set. Writes results/latency/latency.json; lines of other methods that were timed on the same machine stay.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from abu.collect_config import CollectConfig
 from abu.draws import DrawConfig
 from abu.fisher import CurvatureConfig, fit_curvature
 from abu.influence import mean_losses
+from abu.query import query_matrix
+from abu.store import open_store
 from abu.testbed import Testbed, testbed_from
 from abu.unlearn import UnlearnConfig, moved_model, natural_step, query_gradient
 from benchmark.gradient_methods import METHODS, SHARE
 from benchmark.gradient_store import StoreConfig, load_factors, load_store
 from benchmark.kernels import Kernel
-from benchmark.methods import EXACT, TUNED
+from benchmark.methods import COLLECTED, TUNED, is_teacher
 from benchmark.projected import ProjectedGradients
 from benchmark.retrain import add_judge_flags
+from benchmark.teacher import TEACHERS
 from fastgda.core import ROOT, best_device, command_line, environment, save_json
 from fastgda.dataset import layout, load_images, normalise
 from fastgda.ranker import load_ranker
@@ -103,6 +112,18 @@ def gradient_cost(testbed: Testbed, method: str) -> Cost:
     return Cost(attribute, training.nbytes)
 
 
+def teacher_cost(testbed: Testbed) -> Cost:
+    """The first-order teachers, which are scored together; what `python -m abu.query build` made is kept."""
+    device = best_device()
+    store, source, queries = open_store(testbed), testbed.load_source(device), testbed.query_examples("test", device)
+    draws = CollectConfig().draws("test", len(source.schedule))
+
+    def attribute(query: int) -> dict[str, np.ndarray]:
+        return store.score(query_matrix(source, store, queries.rows(query, query + 1), draws, device), device)
+
+    return Cost(attribute, sum(path.stat().st_size for path in store.folder.glob("*.npy")))
+
+
 def exact_cost(testbed: Testbed) -> Cost:
     """AbU+ as the paper defines it; the factors and the latents are kept."""
     device, config = best_device(), UnlearnConfig()
@@ -129,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmark.latency", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    known = f"{TUNED}, {EXACT}, {', '.join(METHODS)}, or feature types"
+    known = f"{TUNED}, {', '.join([*COLLECTED, *METHODS])}, or feature types"
     parser.add_argument("methods", nargs="+", help=known)
     add_judge_flags(parser)
     parser.add_argument("--ftype", default="effnet+minilm", help="feature type of the tuned ranker")
@@ -147,7 +168,9 @@ def main(argv: list[str] | None = None) -> None:
             if args.checkpoint is None:
                 raise ValueError("tuned: expected --checkpoint with it, found none")
             cost = feature_cost(testbed, args.ftype, args.checkpoint)
-        elif method == EXACT:
+        elif method in TEACHERS:
+            cost = teacher_cost(testbed)
+        elif is_teacher(method):
             cost = exact_cost(testbed)
         else:
             cost = gradient_cost(testbed, method) if method in METHODS else feature_cost(testbed, method)
@@ -155,8 +178,18 @@ def main(argv: list[str] | None = None) -> None:
         name = args.name or f"{TUNED}-{args.ftype}" if method == TUNED else method
         rows.append({"method": name, "seconds": seconds, "storage": cost.storage, "scale": cost.scale})
         print(f"{name:24s} {1000 * seconds:10.1f} ms  {cost.storage / 2**20:10.1f} MiB")
-    images = testbed.images
-    save_json(args.output, {"mode": testbed.name, "images": images, "rows": rows, "environment": environment()})
+    about = {"mode": testbed.name, "images": testbed.images, "environment": environment()}
+    save_json(args.output, about | {"rows": with_others(rows, about, args.output)})
+
+
+def with_others(rows: list[dict[str, Any]], about: dict[str, Any], path: Path) -> list[dict[str, Any]]:
+    """`rows`, after those of other methods in a report at `path` of the same images on the same machine."""
+    if not path.is_file():
+        return rows
+    report, timed = json.loads(path.read_text()), {row["method"] for row in rows}
+    if any(report[name] != value for name, value in about.items()):
+        return rows
+    return [row for row in report["rows"] if row["method"] not in timed] + rows
 
 
 if __name__ == "__main__":

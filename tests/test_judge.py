@@ -15,7 +15,7 @@ import torch
 from small_collection import few_draws
 from small_judge import IMAGES, QUERIES, SETS, small_testbed, write_small_testbed
 
-from abu import collect, collect_exact
+from abu import collect, collect_exact, query
 from abu import testbed as testbeds
 from abu.influence import ExactInfluence
 from abu.loss_draws import LossDraws
@@ -450,6 +450,24 @@ def test_other_settings_need_another_name(small, capsys):
     assert "expected a bin from 0 to 1, found 2" in capsys.readouterr().err
 
 
+def test_latency_of_the_teachers(collected, tmp_path, monkeypatch):
+    monkeypatch.setattr(collect.CollectConfig, "draws", few_draws)
+    root = ["--mode", "emoji-mini", "--root", str(collected.root)]
+    assert query.main(["build", *root]) == 0
+    output = tmp_path / "latency.json"
+    for names in (["plain", "finite-step@1"], ["plain", "exact"]):
+        assert latency.main([*names, *root, "--queries", "1", "--output", str(output)]) == 0
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["method"] for row in rows] == ["finite-step@1", "plain", "exact"]
+    assert all(row["seconds"] > 0 for row in rows)
+    (store,) = (collected.data / "cache/teacher").glob("store_*")
+    assert rows[1]["storage"] == sum(path.stat().st_size for path in store.glob("*.npy"))
+    report = json.loads(output.read_text())
+    output.write_text(json.dumps(report | {"images": IMAGES + 1}))
+    assert latency.main(["exact", *root, "--queries", "1", "--output", str(output)]) == 0
+    assert [row["method"] for row in json.loads(output.read_text())["rows"]] == ["exact"]
+
+
 @pytest.mark.parametrize("size", ["", "x", "0", "-1", "inf", "nan"])
 def test_steps_that_are_no_sizes_are_refused(size):
     with pytest.raises(ValueError, match="expected a positive number after @"):
@@ -558,6 +576,17 @@ def test_together_stores_what_is_missing_and_excludes_workers(small, capsys):
     assert "again: 3 of 3 models" in capsys.readouterr().out
     assert retrain.main(["again", "--models", "3", "--together", "2", "--workers", "1"]) == 2
     assert "--together: expected at least 1, and no --workers" in capsys.readouterr().err
+
+
+def test_workers_train_the_models_that_one_process_trains(retrained, tmp_path):
+    alone = replace(retrained, root=tmp_path)
+    shutil.copytree(retrained.data, alone.data, ignore=shutil.ignore_patterns("cache", "scores"))
+    shutil.copytree(retrained.source, alone.source)
+    assert retrain.main(["halves", "--models", "2", "--root", str(tmp_path), "--workers", "2"]) == 0
+    for job in retrain.random_halves(IMAGES, 2):
+        keys = ("removed", "losses_val", "losses_test", "latents_test")
+        here, there = (load_npz(CachedLosses(bed).collection.path(job), keys) for bed in (retrained, alone))
+        assert all(np.array_equal(here[key], there[key]) for key in keys)
 
 
 def test_a_model_that_does_not_train_is_listed_and_the_others_of_its_round_are_kept(small, tmp_path):
