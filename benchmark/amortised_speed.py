@@ -34,7 +34,7 @@ from matplotlib.figure import Figure
 
 from abu.stages import hashes
 from abu.testbed import add_testbed_flags, testbed_from
-from benchmark.figures import plt, save_figure
+from benchmark.drawing import plt, save_figure
 from benchmark.growth import growth
 from benchmark.stopwatch import SpeedConfig, Stopwatch, collect
 from benchmark.worlds import COCO_IMAGES, COCO_QUERIES

@@ -34,7 +34,7 @@ from abu.plan import Collection
 from abu.stages import folder_of, query_plan, whole_passes
 from abu.store import GradientStore, StoreConfig
 from abu.testbed import Testbed, add_testbed_flags, testbed_from
-from benchmark.figures import plt, save_figure
+from benchmark.drawing import plt, save_figure
 from fastgda.core import best_device, command_line, environment, save_json
 from fastgda.dataset import default_levels
 from fastgda.flags import add_flags, from_flags

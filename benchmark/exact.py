@@ -35,7 +35,7 @@ from abu.stages import hashes
 from abu.sweep import SweepConfig
 from abu.testbed import Testbed, add_testbed_flags, testbed_from
 from abu.unlearn import UnlearnConfig, moved_model, natural_step, query_gradient
-from benchmark.figures import plt, save_figure
+from benchmark.drawing import plt, save_figure
 from fastgda.core import (
     best_device,
     command_line,

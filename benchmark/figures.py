@@ -1,6 +1,6 @@
 """Draws the figures of `results/` from its JSON files.
 
-python -m benchmark.figures                     # results/source_model/loss.png, results/teacher/*.png
+python -m benchmark.figures                     # results/source_model/loss.png, results/{teacher,removal}/*.png
 python -m benchmark.figures --mode emoji-mini   # results/source_model/loss_emoji-mini.png
 """
 
@@ -9,25 +9,20 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
+from dataclasses import replace
 
-import matplotlib
 import numpy as np
 
-from abu.testbed import Testbed, add_testbed_flags, testbed_from
-from fastgda.core import atomic_path, command_line, require_file
+from abu.testbed import TESTBEDS, Testbed, add_testbed_flags, testbed_from
+from benchmark.drawing import Figure, plt, save_figure
+from benchmark.image_rows import draw_rows
+from benchmark.losses import JUDGED_MODE, folder_of
+from benchmark.scores import score_path
+from benchmark.table1 import read_reports, throughput_figures
+from fastgda.core import command_line, require_file
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
-
-
-def save_figure(figure: Figure, path: Path) -> None:
-    """Writes a figure as PNG, atomically."""
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=120, bbox_inches="tight")
-    plt.close(figure)
-    print(path)
+ROWS = ("effnet+minilm", "tuned-effnet+minilm", "finite-step")
+"""Methods whose images are shown one below the other: untuned, tuned, teacher."""
 
 
 def loss_curves(testbed: Testbed) -> Figure:
@@ -79,6 +74,12 @@ def main(argv: list[str] | None = None) -> None:
     for name, made_by in (("reliability", "benchmark.finite_step"), ("first_order", "benchmark.teacher")):
         path = require_file(results / f"teacher/{name}.json", f"python -m {made_by}")
         save_figure(reliability_curves(json.loads(path.read_text())), results / f"teacher/{name}.png")
+    for level, figure in throughput_figures(read_reports(results)).items():
+        save_figure(figure, results / f"removal/throughput_{level}.png")
+    judged = replace(TESTBEDS[JUDGED_MODE], root=testbed.root)
+    scores = [score_path(judged, method, "test") for method in ROWS]
+    if all(path.is_file() for path in scores) and any(folder_of(judged).glob("without_*.npz")):
+        draw_rows(judged, scores, results / "removal")
 
 
 if __name__ == "__main__":

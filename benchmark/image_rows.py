@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 
 from abu.models import Autoencoder
 from abu.plan import Collection
-from abu.testbed import testbed_from
+from abu.testbed import Testbed, testbed_from
 from benchmark.losses import collection_of
 from benchmark.removal import judged_queries, levels_of, removed_by
 from benchmark.retrain import add_judge_flags, references
@@ -59,6 +59,36 @@ def sheet(rows: list[tuple[str, list[Image.Image], Image.Image | None]]) -> Imag
     return picture
 
 
+def draw_rows(
+    testbed: Testbed,
+    paths: list[Path],
+    output: Path,
+    chosen: list[int] | None = None,
+    count: int = 8,
+    level: int | None = None,
+) -> None:
+    """Writes rows_<query>.png into `output` for the chosen queries: one row of `count` images for each score file."""
+    scores = {path.stem: load_scores(path, testbed, "test") for path in paths}
+    training, queries = read_split(testbed.data, "data"), read_split(testbed.data, "test_query")
+    chosen = chosen or judged_queries(testbed)[:3]
+    if not all(0 <= query < len(queries) for query in chosen):
+        raise ValueError(f"--queries: expected 0 to {len(queries) - 1}, found {chosen}")
+    collection = collection_of(testbed, RetrainConfig())
+    autoencoder = testbed.load_source(best_device()).autoencoder.cpu()
+    level = level or levels_of(len(training))[2]
+    for query in chosen:
+        reference = regenerated(collection, references(1)[0], query, autoencoder)
+        rows = [(queries.caption(query)[:24], [queries.image(query)], reference)]
+        for name, values in scores.items():
+            found = [training.image(int(i)) for i in top(values[query : query + 1], count)[0]]
+            left = regenerated(collection, Retraining(removed_by(values, query, level), 0), query, autoencoder)
+            rows.append((name, found, left))
+        path = output / f"rows_{query}.png"
+        with atomic_path(path) as temporary:
+            sheet(rows).save(temporary)
+        print(path)
+
+
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
@@ -72,26 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--level", type=int, help="K of the removal at the right (default: 3.4 %% of the images)")
     parser.add_argument("--output", type=Path, default=ROOT / "results/removal", help="folder of the pictures")
     args = parser.parse_args(argv)
-    testbed = testbed_from(args)
-    scores = {path.stem: load_scores(path, testbed, "test") for path in args.scores}
-    training, queries = read_split(testbed.data, "data"), read_split(testbed.data, "test_query")
-    drawn = args.queries or judged_queries(testbed)[:3]
-    if not all(0 <= query < len(queries) for query in drawn):
-        raise ValueError(f"--queries: expected 0 to {len(queries) - 1}, found {drawn}")
-    collection = collection_of(testbed, RetrainConfig())
-    autoencoder = testbed.load_source(best_device()).autoencoder.cpu()
-    level = args.level or levels_of(len(training))[2]
-    for query in drawn:
-        reference = regenerated(collection, references(1)[0], query, autoencoder)
-        rows = [(queries.caption(query)[:24], [queries.image(query)], reference)]
-        for name, values in scores.items():
-            found = [training.image(int(i)) for i in top(values[query : query + 1], args.count)[0]]
-            left = regenerated(collection, Retraining(removed_by(values, query, level), 0), query, autoencoder)
-            rows.append((name, found, left))
-        path = args.output / f"rows_{query}.png"
-        with atomic_path(path) as temporary:
-            sheet(rows).save(temporary)
-        print(path)
+    draw_rows(testbed_from(args), args.scores, args.output, args.queries, args.count, args.level)
 
 
 if __name__ == "__main__":

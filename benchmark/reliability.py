@@ -32,7 +32,7 @@ from scipy.optimize import least_squares
 from abu.stages import folder_of, pass_counts, steps_folder, whole_passes
 from abu.testbed import Testbed, add_testbed_flags, testbed_from
 from abu.unlearn import STEP
-from benchmark.figures import plt, save_figure
+from benchmark.drawing import plt, save_figure
 from benchmark.finite_step import draws_per_run, run_teachers, whole_step_passes
 from benchmark.teacher import TEACHERS, measure, run_scores
 from fastgda.core import command_line, environment, read_manifest, save_json

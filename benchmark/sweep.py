@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from benchmark.figures import save_figure
+from benchmark.drawing import save_figure
 from benchmark.studies import FIGURES, STUDIES, Problem, Setting, draw
 from fastgda.core import (
     ROOT,

@@ -1,11 +1,12 @@
 """The paper's Table 1 on the testbed, and Figure 1, from the JSON files that the judges wrote.
 
-    python -m benchmark.table1              # results/table1.md, results/throughput.png
+    python -m benchmark.table1              # results/table1.md, results/removal/throughput_<K>.png
 
-A line for each method: latency of one query and storage (`benchmark.latency`), ΔL, MSE and similarity after removing
-its top K (`benchmark.removal`), LDS (`benchmark.lds`), agreement on creators (`benchmark.creators`). What has not been
-measured is left empty. Figure 1 draws ΔL against queries a second. Table 2 of the paper (a teacher that sees only
-nearest neighbours) is the lines whose names end in "-knn".
+A line for each method: ΔL after removing its top K over that of random removals (`benchmark.removal`), LDS
+(`benchmark.lds`), agreement on creators (`benchmark.creators`), latency of one query and storage (`benchmark.latency`),
+and ΔL, MSE and similarity themselves. What has not been measured is left empty. Figure 1 draws ΔL against queries a
+second. `benchmark.tables` puts the tables into README.md. Table 2 of the paper (a teacher that sees only nearest
+neighbours) compares the lines whose names end in "-knn" with the others.
 """
 
 from __future__ import annotations
@@ -16,11 +17,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
-from benchmark.figures import plt, save_figure
+from benchmark.drawing import Figure, plt, save_figure
+from benchmark.markdown import interval, markdown, number
+from benchmark.methods import NEAREST
 from benchmark.removal import RANDOM
-from benchmark.tables import markdown, number
 from fastgda.core import ROOT, atomic_path, command_line
 
 SOURCES = {
@@ -33,10 +33,8 @@ Row = dict[str, Any]
 
 
 def read_reports(results: Path) -> dict[str, Row]:
-    """Name -> report, of those that exist; `ValueError` if none does."""
+    """Name -> report, of those that exist."""
     found = {name: results / path for name, path in SOURCES.items() if (results / path).is_file()}
-    if not found:
-        raise ValueError(f"{results}: expected {' or '.join(SOURCES.values())}, found none of them")
     return {name: json.loads(path.read_text()) for name, path in found.items()}
 
 
@@ -59,42 +57,84 @@ def levels_of(removals: dict[str, dict[int, Row]]) -> list[int]:
 
 
 def table1(reports: dict[str, Row]) -> str:
-    """The table as Markdown, the best LDS first, methods without one last."""
+    """The table as Markdown: the largest excess of ΔL at the largest K first, then by LDS."""
     latency, lds, creators = (rows_by_method(reports.get(name)) for name in ("latency", "lds", "creators"))
     removals = removals_by_method(reports.get("removal"))
     levels = levels_of(removals)
-    methods = list(dict.fromkeys([*lds, *removals, *latency]))
-    methods.sort(key=lambda method: -lds[method]["lds"] if method in lds else 1.0)
-    header = ["method", "latency, ms", "storage, MiB", "LDS", "creators"]
+    methods = list(dict.fromkeys([*removals, *lds, *latency]))
+
+    def order(method: str) -> tuple[float, float]:
+        row = removals.get(method, {}).get(levels[-1], {}) if levels else {}
+        unknown = float("-inf")
+        return -row.get("delta_loss", {}).get("excess", unknown), -lds.get(method, {}).get("lds", unknown)
+
+    header = ["method", *(f"ΔL over random, K = {level}" for level in levels)]
+    header += ["LDS", "creators", "latency, ms", "storage, MiB"]
     header += [f"{name}, K = {level}" for level in levels for name in ("ΔL", "MSE", "similarity")]
     lines = []
-    for method in methods:
-        cost = latency.get(method)
-        line = [
-            method,
-            *(["", ""] if cost is None else [f"{1e3 * cost['seconds']:.1f}", f"{cost['storage'] / 2**20:.1f}"]),
-        ]
+    for method in sorted(methods, key=order):
+        found, cost = [removals.get(method, {}).get(level) for level in levels], latency.get(method)
+        line = [method, *(excess(row) for row in found)]
         line.append(interval(lds[method]["lds"], lds[method]["interval"]) if method in lds else "")
         line.append(number(creators[method]["spearman"]) if method in creators else "")
-        for level in levels:
-            row = removals.get(method, {}).get(level)
-            effects = ("delta_loss", "mse", "similarity")
-            line += [effect(row[key]) for key in effects] if row else [""] * len(effects)
+        line += ["", ""] if cost is None else [f"{1e3 * cost['seconds']:.1f}", f"{cost['storage'] / 2**20:.1f}"]
+        for row in found:
+            line += [effect(row[key]) if row else "" for key in ("delta_loss", "mse", "similarity")]
         lines.append(line)
-    if (bound := (reports.get("lds") or {}).get("ceiling")) is not None:
-        cell = interval(bound["lds"], bound["interval"])
-        lines.append(["ceiling of the LDS", "", "", cell, *[""] * (len(header) - 4)])
     return markdown(header, lines)
 
 
-def interval(value: float, bounds: list[float]) -> str:
-    """A number with its bootstrap interval."""
-    return f"{value:.3f} [{bounds[0]:.3f}, {bounds[1]:.3f}]"
+def lds_table(report: Row) -> str:
+    """LDS of each method, the best first, and the ceiling."""
+    rows = sorted(report["rows"], key=lambda row: -row["lds"])
+    lines = [[row["method"], interval(row["lds"], row["interval"])] for row in rows]
+    if (bound := report["ceiling"]) is not None:
+        lines.append(["ceiling", interval(bound["lds"], bound["interval"])])
+    return markdown(["", "LDS"], lines)
+
+
+def creators_table(report: Row) -> str:
+    """Agreement of each method on creators, the best first, and what one seed says of the others."""
+    rows = sorted(report["rows"], key=lambda row: -row["spearman"])
+    lines = [
+        [row["method"], *(interval(row[key], row[f"{key}_interval"]) for key in ("spearman", "top1"))] for row in rows
+    ]
+    if (bound := report["ceiling"]) is not None:
+        lines.append(["one seed for the others", number(bound["spearman"]), number(bound["top1"])])
+    return markdown(["", "Spearman over creators", "same first creator"], lines)
+
+
+def nearest_table(reports: dict[str, Row]) -> str | None:
+    """Teachers on nearest images beside the same on all (the paper's Table 2); `None` if none was judged."""
+    lds, removals = rows_by_method(reports.get("lds")), removals_by_method(reports.get("removal"))
+    levels, lines = levels_of(removals), []
+    for method in dict.fromkeys([*removals, *lds]):
+        if not method.endswith(NEAREST):
+            continue
+        for name in (method.removesuffix(NEAREST), method):
+            line = [name, *(excess(removals.get(name, {}).get(level)) for level in levels)]
+            lines.append([*line, interval(lds[name]["lds"], lds[name]["interval"]) if name in lds else ""])
+    if not lines:
+        return None
+    return markdown(["", *(f"ΔL over random, K = {level}" for level in levels), "LDS"], lines)
+
+
+def excess(row: Row | None) -> str:
+    """By how much ΔL exceeds that of random removals, with its interval; nothing if that is not known."""
+    value = (row or {}).get("delta_loss", {})
+    return interval(value["excess"], value["excess_interval"], 4) if "excess" in value else ""
 
 
 def effect(value: Row) -> str:
     """Mean and standard error, with four digits: effects of small K are small."""
     return f"{value['mean']:.4f} ± {value['standard_error']:.4f}"
+
+
+def throughput_figures(reports: dict[str, Row]) -> dict[int, Figure]:
+    """K -> Figure 1; none while removals or latency have not been measured."""
+    if not {"latency", "removal"} <= reports.keys():
+        return {}
+    return {level: throughput_figure(reports, level) for level in levels_of(removals_by_method(reports["removal"]))}
 
 
 def throughput_figure(reports: dict[str, Row], level: int) -> Figure:
@@ -125,17 +165,15 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m benchmark.table1", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of the judges' JSON files")
-    parser.add_argument("--level", type=int, help="K of the figure (default: the largest)")
     args = parser.parse_args(argv)
     reports = read_reports(args.results)
+    if not reports:
+        raise ValueError(f"{args.results}: expected {' or '.join(SOURCES.values())}, found none of them")
     with atomic_path(args.results / "table1.md") as temporary:
         temporary.write_text(table1(reports) + "\n")
     print(args.results / "table1.md")
-    if {"latency", "removal"} <= reports.keys():
-        levels = levels_of(removals_by_method(reports["removal"]))
-        if args.level is not None and args.level not in levels:
-            raise ValueError(f"--level: expected one of {levels}, found {args.level}")
-        save_figure(throughput_figure(reports, args.level or levels[-1]), args.results / "throughput.png")
+    for level, figure in throughput_figures(reports).items():
+        save_figure(figure, args.results / f"removal/throughput_{level}.png")
 
 
 if __name__ == "__main__":

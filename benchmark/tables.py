@@ -13,23 +13,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from benchmark.markdown import markdown, number
 from benchmark.studies import LABELS, STUDIES
+from benchmark.table1 import creators_table, lds_table, nearest_table, read_reports, table1
 from fastgda.core import ROOT, atomic_path, command_line, command_parser, require_file
 from fastgda.dataset import MODES
 
 BLOCK = re.compile(r"(<!-- results -->\n).*?(<!-- /results -->)", re.DOTALL)
 Report = dict[str, Any]
-
-
-def markdown(header: list[str], rows: list[list[str]], left: int = 1) -> str:
-    """A Markdown table; the first `left` columns are text, the others numbers."""
-    lines = [header, [*["---"] * left, *["--:"] * (len(header) - left)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def number(value: float, error: float | None = None) -> str:
-    """Three digits, with the standard error where there is one."""
-    return f"{value:.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
 def evaluation_rows(report: Report, name: Callable[[Report], str]) -> list[list[str]]:
@@ -329,7 +320,45 @@ def results_block(results: Path) -> str:
             "What `--dry_run` predicts, against what the collection then took (`python -m benchmark.forecast`):",
             forecast_table(read(results, "speed/forecast.json")),
         ]
-    return "\n\n".join(parts)
+    return "\n\n".join(parts + judged_parts(read_reports(results)))
+
+
+def judged_parts(reports: dict[str, Report]) -> list[str]:
+    """Paragraphs and tables of what retraining says of the methods, of the reports that there are."""
+    parts = []
+    if "removal" in reports:
+        removal = reports["removal"]
+        queries = max(len(row["queries"]) for row in removal["rows"])
+        parts += [
+            f"Leave-K-out on `{removal['mode']}` (the paper's Table 1): rise of a query's loss in a model trained from "
+            f"scratch without the K images that a method ranks first, over random removals of as many, up to {queries} "
+            "queries of different concepts, 95 % bootstrap intervals over queries; beside it LDS, agreement on "
+            "creators and the cost of a query (`python -m benchmark.removal`, `benchmark.latency`):",
+            table1(reports),
+        ]
+    if "lds" in reports:
+        lds = reports["lds"]
+        truth = "the mean of two trainings of each" if lds["truth"] == "both" else "one training of each"
+        parts += [
+            f"LDS of {lds['models']} models on random halves of `{lds['mode']}`, {truth}, with intervals over the "
+            "queries' concepts (`python -m benchmark.lds`). The ceiling is what the halves' true mean losses would "
+            "reach:",
+            lds_table(lds),
+        ]
+    if "creators" in reports:
+        creators = reports["creators"]
+        parts += [
+            f"Leave-one-creator-out: summed influence of each of {len(creators['creators'])} creators against what its "
+            f"removal does to a query, {creators['models']} seeds (`python -m benchmark.creators`):",
+            creators_table(creators),
+        ]
+    if nearest := nearest_table(reports):
+        parts += [
+            "Teachers that see no more than the nearest images in an untuned feature, as the paper collects them for "
+            "training queries (its Table 2), beside the same on all images:",
+            nearest,
+        ]
+    return parts
 
 
 def with_results(readme: str, block: str) -> str:

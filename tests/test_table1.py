@@ -7,31 +7,48 @@ import json
 import pytest
 from PIL import Image
 
-from benchmark import image_rows, table1
+from benchmark import image_rows, table1, tables
 from benchmark.removal import RANDOM
 
 
-def effects(value):
-    return {key: {"mean": value, "standard_error": 0.01} for key in ("delta_loss", "mse", "similarity")}
+def effects(value, excess=None):
+    found = {key: {"mean": value, "standard_error": 0.01} for key in ("delta_loss", "mse", "similarity")}
+    if excess is not None:
+        found["delta_loss"] |= {"excess": excess, "excess_interval": [excess - 0.1, excess + 0.1]}
+    return {"queries": [0, 3]} | found
 
 
 REPORTS = {
     "latency/latency.json": {"rows": [{"method": "tuned", "seconds": 0.0123, "storage": 3 * 2**20}]},
     "removal/removal.json": {
+        "mode": "emoji-mini",
         "rows": [
             {"method": RANDOM, "K": 5} | effects(0.001),
-            {"method": "tuned", "K": 5} | effects(0.02),
-            {"method": "tuned", "K": 43} | effects(0.2),
-        ]
+            {"method": "tuned", "K": 5} | effects(0.02, 0.019),
+            {"method": "tuned", "K": 43} | effects(0.2, 0.15),
+            {"method": "plain-knn", "K": 43} | effects(0.3, 0.25),
+        ],
     },
     "lds/lds.json": {
+        "mode": "emoji-mini",
+        "models": 64,
+        "truth": "both",
         "ceiling": {"lds": 0.7, "interval": [0.6, 0.8]},
         "rows": [
             {"method": "trak", "lds": 0.1, "interval": [0.05, 0.15]},
             {"method": "tuned", "lds": 0.3, "interval": [0.25, 0.35]},
+            {"method": "plain", "lds": 0.2, "interval": [0.15, 0.25]},
         ],
     },
-    "creators/creators.json": {"rows": [{"method": "tuned", "spearman": 0.4}]},
+    "creators/creators.json": {
+        "creators": ["a", "b"],
+        "models": 3,
+        "ceiling": {"spearman": 0.8, "top1": 0.9},
+        "rows": [
+            {"method": "tuned"}
+            | {"spearman": 0.4, "spearman_interval": [0.3, 0.5], "top1": 0.6, "top1_interval": [0.5, 0.7]}
+        ],
+    },
 }
 
 
@@ -44,19 +61,39 @@ def results(tmp_path):
     return tmp_path
 
 
-def test_each_method_has_a_line_with_what_was_measured(results, capsys):
+def cells(table):
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+
+
+def test_each_method_has_a_line_with_what_was_measured(results):
     assert table1.main(["--results", str(results)]) == 0
-    lines = (results / "table1.md").read_text().splitlines()
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert cells[0][:5] == ["method", "latency, ms", "storage, MiB", "LDS", "creators"]
-    assert cells[0][5:] == [f"{name}, K = {k}" for k in (5, 43) for name in ("ΔL", "MSE", "similarity")]
-    assert [line[0] for line in cells[2:]] == ["tuned", "trak", RANDOM, "ceiling of the LDS"]
-    assert cells[2][1:6] == ["12.3", "3.0", "0.300 [0.250, 0.350]", "0.400", "0.0200 ± 0.0100"]
-    assert cells[4][8:] == ["", "", ""]
-    assert {len(line) for line in cells} == {11}
-    assert Image.open(results / "throughput.png").width > 100
-    assert table1.main(["--results", str(results), "--level", "7"]) == 2
-    assert "--level: expected one of [5, 43], found 7" in capsys.readouterr().err
+    found = cells((results / "table1.md").read_text())
+    assert found[0][:3] == ["method", "ΔL over random, K = 5", "ΔL over random, K = 43"]
+    assert found[0][3:7] == ["LDS", "creators", "latency, ms", "storage, MiB"]
+    assert found[0][7:] == [f"{name}, K = {k}" for k in (5, 43) for name in ("ΔL", "MSE", "similarity")]
+    assert [line[0] for line in found[2:]] == ["plain-knn", "tuned", "plain", "trak", RANDOM]
+    tuned = ["0.0190 [-0.0810, 0.1190]", "0.1500 [0.0500, 0.2500]", "0.300 [0.250, 0.350]", "0.400", "12.3", "3.0"]
+    assert found[3][1:8] == [*tuned, "0.0200 ± 0.0100"]
+    assert found[6][10:] == ["", "", ""]
+    assert {len(line) for line in found} == {13}
+    assert Image.open(results / "removal/throughput_43.png").width > 100
+
+
+def test_the_readme_says_what_retraining_says(results):
+    parts = tables.judged_parts(table1.read_reports(results))
+    assert [line.split("|")[1].strip() for line in parts[3].splitlines()[2:]] == ["tuned", "plain", "trak", "ceiling"]
+    assert "64 models on random halves of `emoji-mini`, the mean of two trainings" in parts[2]
+    assert cells(parts[5])[2:] == [
+        ["tuned", "0.400 [0.300, 0.500]", "0.600 [0.500, 0.700]"],
+        ["one seed for the others", "0.800", "0.900"],
+    ]
+    assert cells(parts[7])[2:] == [
+        ["plain", "", "", "0.200 [0.150, 0.250]"],
+        ["plain-knn", "", "0.2500 [0.1500, 0.3500]", ""],
+    ]
+    (results / "removal/removal.json").unlink()
+    assert len(tables.judged_parts(table1.read_reports(results))) == 4
+    assert table1.throughput_figures(table1.read_reports(results)) == {}
 
 
 def test_without_any_report_the_command_says_what_it_wants(tmp_path, capsys):
