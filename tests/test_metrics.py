@@ -166,7 +166,9 @@ def test_queries_of_a_group_are_drawn_together(rng):
     np.testing.assert_allclose(standard_error(values, groups), np.sqrt(5 / 4 * (sums**2).sum(0)) / 8)
     np.testing.assert_allclose(standard_error(values, list("abcdefgh")), sem(values, axis=0))
     # copies of a query add nothing
-    np.testing.assert_allclose(standard_error(values.repeat(3, 0), np.arange(8).repeat(3).tolist()), sem(values, axis=0))
+    np.testing.assert_allclose(
+        standard_error(values.repeat(3, 0), np.arange(8).repeat(3).tolist()), sem(values, axis=0)
+    )
     assert np.isnan(bootstrap_interval(values, ["a"] * 8)).all() and np.isnan(standard_error(values, ["a"] * 8)).all()
     with pytest.raises(ValueError, match="groups: expected one for each of 8 queries, found 2"):
         bootstrap_interval(values, ["a", "b"])
