@@ -1,6 +1,7 @@
 """What judges read of retrained models: losses of the queries, from the models' own files or from an export of them.
 
     python -m benchmark.retrain export              # results/retrain/losses.npz, of all models in the cache
+    python -m benchmark.retrain restore             # the other way, so that models trained later join them
     python -m benchmark.lds scores.npy              # in a clone without data: from the export
 
 The export holds the name, the removed images (one bit an image), the seed and the losses of every model; concepts and
@@ -58,7 +59,8 @@ def settings_of(testbed: Testbed, config: RetrainConfig) -> dict[str, Any]:
 def collection_of(testbed: Testbed, config: RetrainConfig) -> Collection:
     """The folder of a testbed's retrained models; `ValueError` if it was made with another recipe or other queries."""
     collection = Collection(folder_of(testbed))
-    files = {"latents": testbed.data / "trainset/latents.npy", "text": testbed.data / "trainset/text_embeddings.npy"}
+    # captions by their file: token states differ by rounding from one processor to the next
+    files = {"latents": testbed.data / "trainset/latents.npy", "captions": testbed.parquet}
     files |= {f"query_{split}": testbed.data / f"query_{split}/latents.npy" for split in JUDGED}
     made_by = f"python -m abu.encode --mode {testbed.name}, python -m abu.sample --mode {testbed.name}"
     inputs = {name: sha256_file(require_file(path, made_by)) for name, path in files.items()}
@@ -204,15 +206,45 @@ def export_losses(testbed: Testbed) -> Path:
         "images": np.array(cached.images),
         "sets_training": np.array(cached.sets("training")),
     }
-    inputs: dict[str, str] = {}
     for split in JUDGED:
         columns[f"losses_{split}"] = np.stack([arrays[f"losses_{split}"] for arrays in found])
         columns[f"concepts_{split}"] = np.array(cached.concepts(split))
         columns[f"sets_{split}"] = np.array(cached.sets(split))
-        hashes = score_inputs(testbed, split)
-        inputs |= {"training": hashes["training"], "model": hashes["model"], split: hashes["queries"]}
-    path = export_path(testbed)
+    path, inputs = export_path(testbed), _judged_inputs(testbed)
     save_npz(path, compress=True, **columns)
     settings = settings_of(testbed, RetrainConfig())
     write_manifest(path, settings, command="python -m benchmark.retrain export", inputs=inputs, mode=testbed.name)
     return path
+
+
+def restore_losses(testbed: Testbed) -> int:
+    """Puts the exported models that the cache lacks into it and returns how many these were.
+
+    Models trained on everything are left out: what is wanted of them are weights and pictures, which are not exported.
+    `ValueError` if the export is of other data than the testbed's.
+    """
+    export, collection = ExportedLosses(testbed), collection_of(testbed, RetrainConfig())
+    for name, value in _judged_inputs(testbed).items():
+        if export.inputs[name] != value:
+            raise ValueError(
+                f"{export.path}: expected losses of this testbed, found another {name}: "
+                f"SHA-256 {export.inputs[name][:12]}…, not {value[:12]}…"
+            )
+    removed = np.unpackbits(export.arrays["removed"], axis=1, count=export.images).astype(bool)
+    lacking = [name for name in export.rows if not (collection.folder / name).is_file()]
+    lacking = [name for name in lacking if removed[export.rows[name]].any()]
+    for name in lacking:
+        row = export.rows[name]
+        arrays = {f"losses_{split}": export.arrays[f"losses_{split}"][row] for split in JUDGED}
+        arrays["removed"] = np.flatnonzero(removed[row]).astype(np.int32)
+        save_npz(collection.folder / name, compress=False, **arrays)
+    return len(lacking)
+
+
+def _judged_inputs(testbed: Testbed) -> dict[str, str]:
+    """Hashes of what was judged: "training", "model", and the queries by split."""
+    inputs: dict[str, str] = {}
+    for split in JUDGED:
+        hashes = score_inputs(testbed, split)
+        inputs |= {"training": hashes["training"], "model": hashes["model"], split: hashes["queries"]}
+    return inputs

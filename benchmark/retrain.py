@@ -6,6 +6,7 @@
     python -m benchmark.retrain creators --models 3              # without each creator in turn, with several seeds
     python -m benchmark.retrain status                           # how many models are done, models per hour
     python -m benchmark.retrain export                           # all losses in one file (`benchmark.losses`)
+    python -m benchmark.retrain restore                          # models of that file that are not here count as done
 
 A model is trained with the recipe of the reference model; what is kept of it is the loss of every validation and test
 query, the same draws of (t, ε) for all models, and the test queries sampled again with their seeds; of a model trained
@@ -33,7 +34,7 @@ from torch import Tensor, nn
 from abu.cluster import add_cluster_flags, cluster_from, run_plan
 from abu.plan import Collection
 from abu.testbed import Testbed, add_testbed_flags, testbed_from
-from benchmark.losses import JUDGED_MODE, collection_of, export_losses, folder_of
+from benchmark.losses import JUDGED_MODE, collection_of, export_losses, folder_of, restore_losses
 from benchmark.retrainer import WEIGHT, RetrainConfig, Retrainer, Retraining
 from benchmark.together import run_together
 from fastgda.core import command_line, load_npz
@@ -124,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmark.retrain", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=(*MODELS, "status", "export"))
+    parser.add_argument("what", choices=(*MODELS, "status", "export", "restore"))
     add_judge_flags(parser)
     defaults = ", ".join(f"{name} {count}" for name, count in MODELS.items())
     parser.add_argument("--models", type=int, help=f"models; for creators, models of each (default: {defaults})")
@@ -133,6 +134,9 @@ def main(argv: list[str] | None = None) -> None:
     testbed, config = testbed_from(args), RetrainConfig()
     if args.what == "export":
         print(export_losses(testbed))
+        return
+    if args.what == "restore":
+        print(f"{restore_losses(testbed)} models restored")
         return
     collection, plans = collection_of(testbed, config), plans_of(testbed)
     if args.what == "status":

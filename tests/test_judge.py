@@ -33,6 +33,7 @@ from benchmark import (
     lds,
     lds_study,
     leaderboard,
+    losses,
     methods,
     removal,
     retrain,
@@ -238,6 +239,29 @@ def test_an_export_judges_as_the_models_do_and_needs_no_data(retrained, scores, 
         patch.setitem(TESTBEDS, "emoji-mini", replace(retrained, diffusion_loop=loop))
         assert lds.main([files[1], *flags, "--root", str(alone.root)]) == 2
     assert "expected the losses of the recipe of now, found others (config.loop is" in capsys.readouterr().err
+
+
+def test_exported_models_are_restored_and_need_no_second_training(retrained, tmp_path, capsys):
+    assert retrain.main(["export"]) == 0
+    shutil.copytree(retrained.root, tmp_path / "clone", ignore=shutil.ignore_patterns("cache"))
+    clone = replace(retrained, root=tmp_path / "clone")
+    flags = ["--root", str(clone.root)]
+    capsys.readouterr()
+    assert retrain.main(["restore", *flags]) == 0
+    assert capsys.readouterr().out == f"{2 * HALVES + 2 * len(SETS)} models restored\n"
+    assert retrain.main(["status", "--models", str(HALVES), *flags]) == 0
+    assert f"halves: {HALVES} of {HALVES} models" in capsys.readouterr().out
+    jobs = retrain.random_halves(IMAGES, HALVES)
+    for split in ("val", "test"):
+        found, expected = (losses.CachedLosses(part).of(jobs, split) for part in (clone, retrained))
+        np.testing.assert_array_equal(found, expected)
+    assert retrain.main(["restore", *flags]) == 0
+    assert capsys.readouterr().out == "0 models restored\n"
+    latents = clone.data / "query_val/latents.npy"
+    save_npy(latents, 2 * np.load(latents))
+    shutil.rmtree(clone.data / "cache")
+    assert retrain.main(["restore", *flags]) == 2
+    assert "expected losses of this testbed, found another val: SHA-256" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("truth", ["halves", "both"])
