@@ -29,6 +29,8 @@ from fastgda.core import ROOT, command_line, environment, save_json
 from fastgda.metrics import bootstrap_interval, standard_error
 
 Truth = Literal["halves", "both"]
+FEW = 4
+"""Fewer halves that were trained twice say nothing of the ceiling."""
 SIGN_ERROR = -3.0
 """A mean LDS this many standard errors below zero is probably a sign error."""
 
@@ -137,11 +139,13 @@ class Judge:
         }
 
     def ceiling(self) -> dict[str, Any] | None:
-        """See `ceiling`; `None` while the halves have not been trained again."""
-        if self.stored.missing(again(self.halves)):
+        """See `ceiling`, from the halves that were trained again; `None` while these are fewer than `FEW`."""
+        lacking = set(self.stored.missing(again(self.halves)))
+        twice = [job for job in self.halves if not lacking.intersection(again([job]))]
+        if len(twice) < FEW:
             return None
-        first, second = (self.stored.of(jobs, self.split) for jobs in (self.halves, again(self.halves)))
-        return ceiling(first, second, self.concepts, self.truth)
+        first, second = (self.stored.of(jobs, self.split) for jobs in (twice, again(twice)))
+        return ceiling(first, second, self.concepts, self.truth) | {"models": len(twice)}
 
     def report(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Rows with what they were judged by."""

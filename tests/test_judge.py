@@ -210,7 +210,7 @@ def test_lds_command_reports_ceiling_and_sign(retrained, scores, tmp_path, capsy
     assert rows["bad"]["lds"] == pytest.approx(-rows["good"]["lds"]) and rows["bad"]["probable_sign_error"]
     assert "far below zero: are low scores the influential ones?" in capsys.readouterr().out
     report = json.loads(output.read_text())
-    assert 0 <= report["ceiling"]["lds"] <= 1
+    assert 0 <= report["ceiling"]["lds"] <= 1 and report["ceiling"]["models"] == HALVES
     assert report["mode"] == "emoji-mini" and report["truth"] == "both"
 
 
