@@ -223,8 +223,8 @@ def training_parts(results: Path) -> list[str]:
                 f"Training the ranker until its validation mAP(L) is {report['target_mAP']:.3f}, the best of a plain "
                 f"loop in {duration(report['config']['plain_seconds'])}, on {machine(report)}; {report['images']:,} "
                 f"images, {report['training_queries']:,} queries with {report['candidates']:,} candidates each "
-                f"(`python -m benchmark.ranker_speed --mode {mode}`; each is validated at times that double, so that none "
-                "looks faster than it is):",
+                f"(`python -m benchmark.ranker_speed --mode {mode}`; each is validated at times that double, so that "
+                "none looks faster than it is):",
                 training_table(report),
             ]
     if (results / "speed/extraction.json").is_file():

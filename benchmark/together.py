@@ -6,6 +6,9 @@ average and what is random in all of its steps in fixed memory; a step is captur
 replayed without Python's help, while the other lanes' steps run beside it. A lane takes its next model by overwriting
 that memory. Draws, order and recipe are those of `abu.training`, so that a model differs from one trained on a CPU by
 rounding only. Without CUDA the same functions run as they are, one lane after the other.
+
+On an H200 sixteen lanes took 3.0 s a model. Kernels of several streams hardly overlapped there: a step is 2.5 ms of the
+GPU for each model, so that more than a few lanes gain little.
 """
 
 from __future__ import annotations
