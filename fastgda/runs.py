@@ -41,8 +41,12 @@ def load_checkpoint(path: Path, identity: dict[str, Any], device: torch.device) 
 
 
 def _digest(images: np.ndarray, *splits: Split) -> str:
-    digest = hashlib.sha256()
-    for array in (images, *(array for split in splits for array in (split.features, split.rankings.rank))):
+    digest, arrays = hashlib.sha256(), [images]
+    for split in splits:
+        arrays += [split.features, split.rankings.rank]
+        if split.rankings.score is not None:
+            arrays.append(split.rankings.score)
+    for array in arrays:
         digest.update(str(array.shape).encode())
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()

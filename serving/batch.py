@@ -102,14 +102,17 @@ def inputs_of(bundle: Bundle, pictures: Pictures) -> dict[str, str]:
 def attribute_rows(attributor: Attributor, pictures: Pictures, rows: range, depth: int) -> Iterator[tuple]:
     """(row, attribution, None) of each picture, or (row, None, reason) where it cannot be read."""
     for start in range(rows.start, rows.stop, BATCH):
-        images, readable = [], []
+        images, captions, readable = [], [], []
         for row in range(start, min(start + BATCH, rows.stop)):
             try:
-                images.append(pictures.image(row))
-                readable.append(row)
+                image, caption = pictures.image(row), pictures.caption(row)
             except ValueError as error:
                 yield row, None, str(error)
-        found = attributor.attribute_batch(images, [pictures.caption(row) for row in readable], depth)
+                continue
+            images.append(image)
+            captions.append(caption)
+            readable.append(row)
+        found = attributor.attribute_batch(images, captions, depth)
         yield from zip(readable, found, [None] * len(found), strict=True)
 
 

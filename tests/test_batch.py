@@ -118,3 +118,17 @@ def test_mistakes_are_named(bundle: Path, folder: Path, tmp_path: Path, capsys) 
     assert batch.main([str(bundle), str(folder), "--out", str(tmp_path / "out"), "--k", "0"]) == 2
     assert batch.main([str(bundle), str(folder), "--out", str(tmp_path / "out"), "--k", "3"]) == 2
     assert "at most 1.00% unreadable pictures (--max_corrupt), found 1 of 6" in capsys.readouterr().err
+
+
+def test_a_damaged_caption_costs_its_picture_alone(bundle: Path, tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "shard.tar", "w") as archive:
+        for number, picture in enumerate(PICTURES):
+            record = b"{" if number == 2 else json.dumps({"caption": f"prompt {number}"}).encode()
+            for name, content in ((f"{number}.png", png(picture)), (f"{number}.json", record)):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, BytesIO(content))
+    assert run(bundle, tmp_path / "shard.tar", tmp_path / "out") == 0
+    assert {row["query"] for row in read(tmp_path / "out")} == {0, 1, 3, 4, 5}
+    (skipped,) = json.loads((tmp_path / "out" / "skipped.json").read_text())
+    assert skipped["id"] == 2 and "expected a JSON record" in skipped["reason"]

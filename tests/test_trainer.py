@@ -105,6 +105,11 @@ def test_checkpoint_of_another_run_is_refused(problem, tmp_path):
         make_trainer(problem, replace(SMALL, lr=0.5), tmp_path)
     with pytest.raises(ValueError, match="expected data of this run"):
         make_trainer(planted(seed=1), SMALL, tmp_path)
+    images, splits = problem
+    train = splits["train"]
+    scored = replace(train, rankings=replace(train.rankings, score=train.rankings.score * 2))
+    with pytest.raises(ValueError, match="expected data of this run"):
+        make_trainer((images, splits | {"train": scored}), SMALL, tmp_path)
     path = tmp_path / "checkpoint.pt"
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(ValueError, match=f"{path}: expected a checkpoint, found a damaged file"):
