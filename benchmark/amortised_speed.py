@@ -38,14 +38,7 @@ from benchmark.drawing import plt, save_figure
 from benchmark.growth import growth
 from benchmark.stopwatch import SpeedConfig, Stopwatch, collect
 from benchmark.worlds import COCO_IMAGES, COCO_QUERIES
-from fastgda.core import (
-    ROOT,
-    best_device,
-    command_line,
-    environment,
-    load_npz,
-    save_json,
-)
+from fastgda.core import ROOT, best_device, command_line, command_parser, environment, load_npz, save_json
 from fastgda.flags import add_flags, from_flags
 from fastgda.metrics import spearman
 from fastgda.rankings import from_scores
@@ -170,10 +163,7 @@ def figure(report: dict[str, Any]) -> Figure:
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    shown = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmark.amortised_speed", description=__doc__, formatter_class=shown
-    )
+    parser = command_parser("python -m benchmark.amortised_speed", __doc__)
     add_testbed_flags(parser)
     add_flags(parser, SpeedConfig)
     parser.add_argument("--memory", action="store_true", help="measure peak memory and growth instead of the curve")

@@ -12,7 +12,6 @@ queries, and the bytes of a query (all bins and their mean) and of a training im
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -35,7 +34,7 @@ from abu.stages import folder_of, query_plan, whole_passes
 from abu.store import GradientStore, StoreConfig
 from abu.testbed import Testbed, add_testbed_flags, testbed_from
 from benchmark.drawing import plt, save_figure
-from fastgda.core import best_device, command_line, environment, save_json
+from fastgda.core import best_device, command_line, command_parser, environment, save_json
 from fastgda.dataset import default_levels
 from fastgda.flags import add_flags, from_flags
 from fastgda.metrics import overlap, spearman, standard_error
@@ -222,8 +221,7 @@ def figure(rows: list[dict[str, Any]]) -> Figure:
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    shown = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m benchmark.compression", description=__doc__, formatter_class=shown)
+    parser = command_parser("python -m benchmark.compression", __doc__)
     add_testbed_flags(parser)
     add_flags(parser, CompressionConfig)
     args = parser.parse_args(argv)

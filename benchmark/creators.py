@@ -14,7 +14,6 @@ creator that the prompt names is a baseline of its own.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from abu.testbed import testbed_from
 from benchmark.lds import correlate, judged_path
 from benchmark.losses import Losses, open_losses
 from benchmark.retrain import add_judge_flags, references, without_creators
-from fastgda.core import command_line, environment, save_json
+from fastgda.core import command_line, command_parser, environment, save_json
 from fastgda.metrics import bootstrap_interval
 
 PROMPT = "creator named by the prompt"
@@ -93,9 +92,7 @@ def named_by_prompt(query_sets: list[str], names: tuple[str, ...]) -> np.ndarray
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmark.creators", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("python -m benchmark.creators", __doc__)
     parser.add_argument("scores", type=Path, nargs="+", help="arrays [Q, N] of a method, higher = more influential")
     add_judge_flags(parser)
     parser.add_argument("--split", choices=("val", "test"), default="test", help="which queries (default: test)")

@@ -13,7 +13,6 @@ shares         mean absolute error of creators' shares against the teacher's own
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -27,6 +26,7 @@ from fastgda.attributor import Untuned, all_scores
 from fastgda.core import (
     ROOT,
     command_line,
+    command_parser,
     environment,
     relative,
     require_file,
@@ -204,9 +204,7 @@ def report(config: CreditConfig) -> tuple[Credit, dict[str, Any]]:
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmark.credit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("python -m benchmark.credit", __doc__)
     add_flags(parser, CreditConfig)
     config = from_flags(CreditConfig, parser.parse_args(argv))
     credit, found = report(config)

@@ -11,7 +11,6 @@ the images).
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,14 +35,7 @@ from abu.sweep import SweepConfig
 from abu.testbed import Testbed, add_testbed_flags, testbed_from
 from abu.unlearn import UnlearnConfig, moved_model, natural_step, query_gradient
 from benchmark.drawing import plt, save_figure
-from fastgda.core import (
-    best_device,
-    command_line,
-    environment,
-    load_npz,
-    save_json,
-    save_npz,
-)
+from fastgda.core import best_device, command_line, command_parser, environment, load_npz, save_json, save_npz
 from fastgda.dataset import default_levels
 from fastgda.metrics import overlap, spearman, standard_error
 from fastgda.rankings import from_scores
@@ -211,8 +203,7 @@ def figure(rows: list[dict]) -> Figure:
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    shown = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m benchmark.exact", description=__doc__, formatter_class=shown)
+    parser = command_parser("python -m benchmark.exact", __doc__)
     add_testbed_flags(parser)
     parser.add_argument("--queries", type=int, default=ExactConfig.queries, help="the first so many test queries")
     parser.add_argument("--steps", type=float, nargs="+", default=ExactConfig.steps, help="values of α in eq. 1")

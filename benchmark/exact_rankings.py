@@ -11,7 +11,6 @@ that order.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +22,16 @@ from abu.collect_exact import folder_of
 from abu.exact_collection import COMMAND, ExactConfig, ExactPlan, exact_plan, input_hashes
 from abu.plan import Collection
 from abu.testbed import SPLITS, Testbed, add_testbed_flags, testbed_from
-from fastgda.core import ROOT, command_line, load_npz, manifest_path, read_manifest, require_file, write_manifest
+from fastgda.core import (
+    ROOT,
+    command_line,
+    command_parser,
+    load_npz,
+    manifest_path,
+    read_manifest,
+    require_file,
+    write_manifest,
+)
 from fastgda.rankings import Rankings, save_rankings, save_released, top
 
 
@@ -106,11 +114,7 @@ def merge(testbed: Testbed, split: str, folder: Path | None, candidates: Path | 
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmark.exact_rankings",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("python -m benchmark.exact_rankings", __doc__)
     add_testbed_flags(parser)
     parser.add_argument("--split", choices=SPLITS, default="test")
     parser.add_argument("--folder", type=Path, help="folder of the pieces (default: that of the split)")

@@ -33,7 +33,7 @@ from abu.peak import forget_peak, peak_bytes
 from abu.sweep import Sweep, SweepConfig
 from abu.testbed import Testbed, add_testbed_flags, testbed_from
 from abu.unlearn import Change, UnlearnConfig, moved_model, natural_step, query_gradient
-from fastgda.core import ROOT, best_device, command_line, environment, save_json
+from fastgda.core import ROOT, best_device, command_line, command_parser, environment, save_json
 from fastgda.flags import add_flags, from_flags
 from fastgda.metrics import spearman, standard_error
 from fastgda.rankings import from_scores
@@ -145,11 +145,7 @@ def measure_bf16(exact: ExactInfluence, testbed: Testbed, config: SweepBenchmark
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmark.exact_sweep",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("python -m benchmark.exact_sweep", __doc__)
     add_testbed_flags(parser)
     add_flags(parser, SweepBenchmark)
     parser.add_argument("--bf16", action="store_true", help="measure what bfloat16 does to the ranks")

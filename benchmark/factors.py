@@ -39,7 +39,7 @@ from abu.layers import PATTERNS, Layer, matrix_shape, select_layers
 from abu.models import DiffusionConfig, build_denoiser, noise_schedule
 from abu.peak import forget_peak, peak_bytes
 from abu.testbed import TESTBEDS
-from fastgda.core import ROOT, command_line, environment, save_json
+from fastgda.core import ROOT, command_line, command_parser, environment, save_json
 
 BATCH = 64
 
@@ -195,9 +195,7 @@ def _relative(found: Tensor, expected: Tensor) -> float:
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmark.factors", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("python -m benchmark.factors", __doc__)
     parser.add_argument("--sizes", nargs="+", choices=tuple(SIZES), default=["tiny", "emoji"])
     parser.add_argument("--layers", choices=tuple(PATTERNS), default="cross-attn-kv")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each side (default: %(default)s)")

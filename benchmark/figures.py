@@ -6,7 +6,6 @@ python -m benchmark.figures --mode emoji-mini   # results/source_model/loss_emoj
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from dataclasses import replace
@@ -19,7 +18,7 @@ from benchmark.image_rows import draw_rows
 from benchmark.losses import JUDGED_MODE, folder_of
 from benchmark.scores import score_path
 from benchmark.table1 import read_reports, throughput_figures
-from fastgda.core import command_line, require_file
+from fastgda.core import command_line, command_parser, require_file
 
 ROWS = ("effnet+minilm", "tuned-effnet+minilm", "finite-step")
 """Methods whose images are shown one below the other: untuned, tuned, teacher."""
@@ -61,9 +60,7 @@ def reliability_curves(report: dict) -> Figure:
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmark.figures", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("python -m benchmark.figures", __doc__)
     add_testbed_flags(parser)
     testbed = testbed_from(parser.parse_args(argv))
     results = testbed.root / "results"

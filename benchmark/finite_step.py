@@ -11,7 +11,6 @@ other, for both terms and for each alone; results/teacher/reliability.json.
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 import numpy as np
@@ -24,6 +23,7 @@ from abu.unlearn import STEP
 from benchmark.teacher import OTHERS, TOP, measure, training_candidates
 from fastgda.core import (
     command_line,
+    command_parser,
     environment,
     load_npz,
     manifest_path,
@@ -123,8 +123,7 @@ def merge(testbed: Testbed, passes: int, step: float) -> dict:
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    shown = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__, formatter_class=shown)
+    parser = command_parser(COMMAND, __doc__)
     add_testbed_flags(parser)
     parser.add_argument("--step", type=float, default=STEP, help="α in eq. 1 (default: %(default)s)")
     parser.add_argument("--passes", type=int, help="merge the first so many passes (default: all whole passes)")

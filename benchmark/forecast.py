@@ -39,7 +39,7 @@ from abu.exact_estimate import dry_run
 from abu.plan import Collection
 from abu.stages import step_plan, training_plan
 from abu.testbed import Testbed, add_testbed_flags, testbed_from
-from fastgda.core import ROOT, command_line, environment, save_json
+from fastgda.core import ROOT, command_line, command_parser, environment, save_json
 from fastgda.flags import add_flags, from_flags
 
 JOBS = ("training", "training-2-workers", "steps", "exact")
@@ -158,8 +158,7 @@ def compare(name: str, command: list[str], work: Path) -> dict[str, Any]:
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    shown = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m benchmark.forecast", description=__doc__, formatter_class=shown)
+    parser = command_parser("python -m benchmark.forecast", __doc__)
     add_testbed_flags(parser)
     add_flags(parser, ForecastConfig)
     parser.add_argument("--jobs", nargs="+", choices=JOBS, default=JOBS, help="what is measured (default: all)")

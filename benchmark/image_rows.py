@@ -10,7 +10,6 @@ results/removal/rows_<query>.png.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from benchmark.removal import judged_queries, levels_of, removed_by
 from benchmark.retrain import add_judge_flags, references
 from benchmark.retrainer import RetrainConfig, Retraining
 from benchmark.scores import load_scores
-from fastgda.core import ROOT, atomic_path, best_device, command_line, load_npz
+from fastgda.core import ROOT, atomic_path, best_device, command_line, command_parser, load_npz
 from fastgda.rankings import top
 from feature_extraction.readers import read_split
 
@@ -92,9 +91,7 @@ def draw_rows(
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmark.image_rows", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("python -m benchmark.image_rows", __doc__)
     parser.add_argument("scores", type=Path, nargs="+", help="score files [Q, N], one row each")
     add_judge_flags(parser)
     parser.add_argument("--queries", type=int, nargs="+", help="test queries (default: three of benchmark.removal)")

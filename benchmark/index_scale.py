@@ -25,7 +25,17 @@ from typing import Any
 import numpy as np
 
 from benchmark.synthetic import Statistics, Synthetic, exact_neighbours
-from fastgda.core import ROOT, command_line, environment, load_npy, load_npz, save_json, save_npz, sha256_file
+from fastgda.core import (
+    ROOT,
+    command_line,
+    command_parser,
+    environment,
+    load_npy,
+    load_npz,
+    save_json,
+    save_npz,
+    sha256_file,
+)
 from fastgda.flags import add_flags, from_flags
 from fastgda.index import Index, SegmentConfig, Source, recommend
 from fastgda.index.backend import set_threads
@@ -228,11 +238,7 @@ def summary(piece: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
     assert __doc__ is not None
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmark.index_scale",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("python -m benchmark.index_scale", __doc__)
     add_flags(parser, ScaleConfig)
     parser.add_argument("--measure", nargs=3, metavar=("FOLDER", "TRUTH", "OPTIONS"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

@@ -14,7 +14,6 @@ training set. Writes results/latency/latency.json; lines of other methods that w
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -41,7 +40,7 @@ from benchmark.methods import COLLECTED, TUNED, is_teacher
 from benchmark.projected import ProjectedGradients
 from benchmark.retrain import add_judge_flags
 from benchmark.teacher import TEACHERS
-from fastgda.core import ROOT, best_device, command_line, environment, save_json
+from fastgda.core import ROOT, best_device, command_line, command_parser, environment, save_json
 from fastgda.dataset import layout, load_images, normalise
 from fastgda.ranker import load_ranker
 from feature_extraction.encoders import load_encoder
@@ -147,9 +146,7 @@ def exact_cost(testbed: Testbed) -> Cost:
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmark.latency", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("python -m benchmark.latency", __doc__)
     known = f"{TUNED}, {', '.join([*COLLECTED, *METHODS])}, or feature types"
     parser.add_argument("methods", nargs="+", help=known)
     add_judge_flags(parser)

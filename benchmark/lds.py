@@ -25,7 +25,7 @@ from abu.testbed import Testbed, testbed_from
 from benchmark.losses import Losses, open_losses
 from benchmark.retrain import add_judge_flags, again, random_halves
 from benchmark.retrainer import Retraining
-from fastgda.core import ROOT, command_line, environment, save_json
+from fastgda.core import ROOT, command_line, command_parser, environment, save_json
 from fastgda.metrics import bootstrap_interval, standard_error
 
 Truth = Literal["halves", "both"]
@@ -177,9 +177,7 @@ def lds_line(name: str, row: dict[str, Any]) -> str:
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmark.lds", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("python -m benchmark.lds", __doc__)
     parser.add_argument("scores", type=Path, nargs="+", help="arrays [Q, N] of a method, higher = more influential")
     add_judge_flags(parser)
     parser.add_argument("--split", choices=("val", "test"), default="test", help="which queries (default: test)")

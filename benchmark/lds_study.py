@@ -11,7 +11,6 @@ they are compared at one budget. Judged on validation queries, because what is c
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -24,7 +23,7 @@ from benchmark.lds import Judge, add_truth_flag, lds_line
 from benchmark.methods import AT, teacher_scores
 from benchmark.projected import FeatureConfig
 from benchmark.retrain import add_judge_flags
-from fastgda.core import ROOT, command_line, save_json
+from fastgda.core import ROOT, command_line, command_parser, save_json
 
 BASE = METHODS["abu-plus"].features
 """AbU+ to first order: key/value layers, EK-FAC."""
@@ -123,9 +122,7 @@ STUDIES: dict[str, Callable[[], Study]] = {
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmark.lds_study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("python -m benchmark.lds_study", __doc__)
     add_judge_flags(parser)
     parser.add_argument("--study", choices=sorted(STUDIES), required=True)
     parser.add_argument("--split", choices=("val", "test"), default="val", help="which queries (default: val)")

@@ -40,7 +40,7 @@ from benchmark.removal import (
 from benchmark.retrain import add_judge_flags, add_training_flags, train_models
 from benchmark.retrainer import RetrainConfig, Retraining
 from benchmark.scores import load_scores
-from fastgda.core import ROOT, command_line, environment, load_npz, save_json, sha256_file
+from fastgda.core import ROOT, command_line, command_parser, environment, load_npz, save_json, sha256_file
 from fastgda.dataset import default_levels, layout
 from fastgda.metrics import bootstrap_interval, score_retrieval, standard_error
 from fastgda.rankings import load_rankings
@@ -146,11 +146,7 @@ def board_lines(rows: list[dict[str, Any]]) -> list[str]:
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmark.leaderboard",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("python -m benchmark.leaderboard", __doc__)
     parser.add_argument("scores", type=Path, nargs="*", help="score files [Q, N]; none: print the board")
     add_judge_flags(parser)
     parser.add_argument("--models", type=int, default=64, help="models trained on halves (default: 64)")

@@ -44,7 +44,7 @@ from benchmark.retrain import add_judge_flags
 from benchmark.retrainer import JUDGED
 from benchmark.scores import save_scores
 from benchmark.teacher import NEIGHBOUR_FTYPE, NEIGHBOURS, TEACHERS, load_scores
-from fastgda.core import command_line, load_npy, sha256_file
+from fastgda.core import command_line, command_parser, load_npy, sha256_file
 from fastgda.dataset import Layout, layout, load_images, normalise
 from fastgda.ranker import load_ranker
 from fastgda.rankings import top
@@ -185,9 +185,7 @@ def gradient_scores(testbed: Testbed, method: str, args: argparse.Namespace) -> 
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmark.methods", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("python -m benchmark.methods", __doc__)
     teachers = f"{', '.join(COLLECTED)}, {AT}<α>, each also with {NEAREST}"
     known = f"{RANDOM}, {TUNED}, {teachers}, {', '.join(METHODS)}, or feature types"
     parser.add_argument("methods", nargs="+", help=known)

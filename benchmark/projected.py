@@ -135,7 +135,7 @@ class ProjectedGradients:
         return torch.cat(rows)
 
     def _few(self, examples: Examples, draws: DrawConfig, run: int) -> tuple[Tensor, Tensor]:
-        places = self.config.places
+        places = range(draws.bins) if self.config.only is None else self.config.places
         bins = [[(t, e, examples.latents) for t, e in examples.draws(draws, run, index)] for index in places]
         if not self.config.normalised:
             bins = [[draw for drawn in bins for draw in drawn]]

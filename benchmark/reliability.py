@@ -18,7 +18,6 @@ images alone do not reach it. The shipped rankings pool both runs, so that they 
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from collections.abc import Callable
@@ -35,7 +34,7 @@ from abu.unlearn import STEP
 from benchmark.drawing import plt, save_figure
 from benchmark.finite_step import draws_per_run, run_teachers, whole_step_passes
 from benchmark.teacher import TEACHERS, measure, run_scores
-from fastgda.core import command_line, environment, read_manifest, save_json
+from fastgda.core import command_line, command_parser, environment, read_manifest, save_json
 from fastgda.dataset import default_levels
 from fastgda.metrics import chance
 
@@ -197,8 +196,7 @@ def report(testbed: Testbed, order: str, passes: int | None, wanted: float) -> t
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    shown = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="python -m benchmark.reliability", description=__doc__, formatter_class=shown)
+    parser = command_parser("python -m benchmark.reliability", __doc__)
     add_testbed_flags(parser)
     parser.add_argument("--teacher", choices=ORDERS, default="finite-step", help="whose scores (default: finite-step)")
     parser.add_argument("--passes", type=int, help="the scores made from so many passes (default: all whole passes)")

@@ -36,7 +36,7 @@ from benchmark.losses import collection_of
 from benchmark.retrain import add_judge_flags, add_training_flags, models_done, references, train_models
 from benchmark.retrainer import RetrainConfig, Retraining
 from benchmark.scores import load_scores
-from fastgda.core import ROOT, best_device, command_line, environment, load_npz, save_json
+from fastgda.core import ROOT, best_device, command_line, command_parser, environment, load_npz, save_json
 from fastgda.metrics import bootstrap_interval, standard_error
 from fastgda.rankings import top
 from feature_extraction.encoders import load_encoder
@@ -208,9 +208,7 @@ def models_of(plan: Plan, config: RemovalConfig) -> list[Retraining]:
 
 def parser() -> argparse.ArgumentParser:
     """Flags of the command."""
-    made = argparse.ArgumentParser(
-        prog="python -m benchmark.removal", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = command_parser("python -m benchmark.removal", __doc__)
     made.add_argument("what", choices=("run", "report"))
     made.add_argument("scores", type=Path, nargs="+", help="arrays [Q, N] of a method, higher = more influential")
     add_judge_flags(made)

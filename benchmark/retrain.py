@@ -37,7 +37,7 @@ from abu.testbed import Testbed, add_testbed_flags, testbed_from
 from benchmark.losses import JUDGED_MODE, collection_of, export_losses, folder_of, restore_losses
 from benchmark.retrainer import WEIGHT, RetrainConfig, Retrainer, Retraining
 from benchmark.together import run_together
-from fastgda.core import command_line, load_npz
+from fastgda.core import command_line, command_parser, load_npz
 from feature_extraction.readers import read_split
 
 SECOND_SEED = 100_000
@@ -122,9 +122,7 @@ def add_judge_flags(parser: argparse.ArgumentParser) -> None:
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmark.retrain", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("python -m benchmark.retrain", __doc__)
     parser.add_argument("what", choices=(*MODELS, "status", "export", "restore"))
     add_judge_flags(parser)
     defaults = ", ".join(f"{name} {count}" for name, count in MODELS.items())

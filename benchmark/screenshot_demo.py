@@ -8,14 +8,13 @@ python -m benchmark.screenshot_demo --show "prompt=red heart, noto style&seed=7"
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastgda.core import ROOT, atomic_path, command_line
+from fastgda.core import ROOT, atomic_path, command_line, command_parser
 from fastgda.flags import add_flags, from_flags
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -88,11 +87,7 @@ def screenshot(config: ScreenshotConfig) -> None:
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmark.screenshot_demo",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("python -m benchmark.screenshot_demo", __doc__)
     add_flags(parser, ScreenshotConfig)
     config = from_flags(ScreenshotConfig, parser.parse_args(argv))
     screenshot(config)

@@ -11,7 +11,6 @@ neighbours) compares the lines whose names end in "-knn" with the others.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -21,7 +20,7 @@ from benchmark.drawing import Figure, plt, save_figure
 from benchmark.markdown import interval, markdown, number
 from benchmark.methods import NEAREST
 from benchmark.removal import RANDOM
-from fastgda.core import ROOT, atomic_path, command_line
+from fastgda.core import ROOT, atomic_path, command_line, command_parser
 
 SOURCES = {
     "latency": "latency/latency.json",
@@ -161,9 +160,7 @@ def throughput_figure(reports: dict[str, Row], level: int) -> Figure:
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmark.table1", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("python -m benchmark.table1", __doc__)
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder of the judges' JSON files")
     args = parser.parse_args(argv)
     reports = read_reports(args.results)

@@ -13,7 +13,6 @@ over queries of the correlation between the runs within each timestep bin, which
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -22,7 +21,16 @@ import numpy as np
 from abu.plan import Collection
 from abu.stages import folder_of, pass_counts, score_plan, scores_folder, whole_passes
 from abu.testbed import SPLITS, Testbed, add_testbed_flags, testbed_from
-from fastgda.core import command_line, environment, load_npy, load_npz, read_manifest, save_json, write_manifest
+from fastgda.core import (
+    command_line,
+    command_parser,
+    environment,
+    load_npy,
+    load_npz,
+    read_manifest,
+    save_json,
+    write_manifest,
+)
 from fastgda.dataset import default_levels, layout, load_images, normalise
 from fastgda.metrics import average_precision, chance, spearman, standard_error
 from fastgda.rankings import Rankings, from_scores, save_rankings, top
@@ -149,9 +157,7 @@ def merge(testbed: Testbed, passes: int, out: Path) -> dict:
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmark.teacher", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("python -m benchmark.teacher", __doc__)
     add_testbed_flags(parser)
     parser.add_argument("--passes", type=int, help="the scores made from so many passes (default: all whole passes)")
     args = parser.parse_args(argv)
