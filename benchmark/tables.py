@@ -342,8 +342,9 @@ def judged_parts(reports: dict[str, Report]) -> list[str]:
         truth = "the mean of two trainings of each" if lds["truth"] == "both" else "one training of each"
         parts += [
             f"LDS of {lds['models']} models on random halves of `{lds['mode']}`, {truth}, with intervals over the "
-            "queries' concepts (`python -m benchmark.lds`). The ceiling is what the halves' true mean losses would "
-            "reach:",
+            "queries' concepts (`python -m benchmark.lds`). z: a query's scores, standardised; exp(2 z) keeps their "
+            "order and gives it the magnitudes of concentrated influence, which cosines lack. The ceiling is what the "
+            "halves' true mean losses would reach:",
             lds_table(lds),
         ]
     if "creators" in reports:

@@ -206,6 +206,7 @@ def test_lds_command_reports_ceiling_and_sign(retrained, scores, tmp_path, capsy
     output = tmp_path / "lds.json"
     assert lds.main([str(good), str(bad), "--models", str(HALVES), "--output", str(output)]) == 0
     rows = {row["method"]: row for row in json.loads(output.read_text())["rows"]}
+    assert rows["good"]["sharpened"]["lds"] > 0 > rows["bad"]["sharpened"]["lds"]
     assert rows["good"]["lds"] > 0.5 and not rows["good"]["probable_sign_error"]
     assert rows["bad"]["lds"] == pytest.approx(-rows["good"]["lds"]) and rows["bad"]["probable_sign_error"]
     assert "far below zero: are low scores the influential ones?" in capsys.readouterr().out

@@ -85,3 +85,11 @@ def test_the_interval_holds_the_mean():
     low, high = bootstrap_interval(values)
     assert low < values.mean() < high
     assert 0.03 < high - low < 0.1
+
+
+def test_sharpened_scores_keep_their_order_whatever_their_scale():
+    scores = np.random.default_rng(0).normal(size=(3, 50))
+    found = lds.sharpened(scores)
+    assert np.array_equal(np.argsort(found, 1), np.argsort(scores, 1)) and (found > 0).all()
+    np.testing.assert_allclose(lds.sharpened(5 * scores - 2), found)
+    assert (found.max(1) / found.mean(1) > 5).all()
