@@ -111,6 +111,13 @@ def build_denoiser(config: DiffusionConfig) -> UNet2DConditionModel:
     )
 
 
+def initial_denoiser(config: DiffusionConfig, seed: int) -> UNet2DConditionModel:
+    """The untrained noise predictor of a seed; torch's global generator is put back afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build_denoiser(config)
+
+
 def noise_schedule(config: DiffusionConfig) -> NoiseSchedule:
     """The DDPM schedule that the model is trained with (scaled-linear)."""
     scheduler = DDPMScheduler(config.timesteps, **SCALED_LINEAR)

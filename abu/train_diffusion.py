@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from abu.diffusion_loss import NoiseSchedule, example_losses
-from abu.models import Autoencoder, SourceModel, build_denoiser, load_module, noise_schedule, save_source
+from abu.models import Autoencoder, SourceModel, initial_denoiser, load_module, noise_schedule, save_source
 from abu.testbed import add_testbed_flags, testbed_from
 from abu.training import StepLoss, save_history, train
 from fastgda.core import (
@@ -107,9 +107,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{path}: up to date")
         return
     device = best_device()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(loop.seed)
-        model = build_denoiser(testbed.diffusion)
+    model = initial_denoiser(testbed.diffusion, loop.seed)
     schedule = noise_schedule(testbed.diffusion)
     loss = diffusion_loss(torch.from_numpy(latents), torch.from_numpy(text)[:, 0], schedule, device)
     history = train(model, loss, len(latents), loop, testbed.runs / "diffusion", device=device)

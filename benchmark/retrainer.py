@@ -13,10 +13,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from abu.draws import DrawConfig
 from abu.influence import mean_losses
-from abu.models import SourceModel, build_denoiser, noise_schedule
+from abu.models import SourceModel, initial_denoiser, noise_schedule
 from abu.sample import SampleConfig, sample_latents
 from abu.testbed import Testbed
 from abu.train_diffusion import diffusion_loss
@@ -82,26 +83,33 @@ class Retrainer:
         began = time.perf_counter()
         kept = torch.from_numpy(kept_images(job, len(self.latents)))
         loop = replace(self.testbed.diffusion_loop, seed=job.seed)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(job.seed)
-            model = build_denoiser(self.testbed.diffusion)
+        model = initial_denoiser(self.testbed.diffusion, job.seed)
         schedule = noise_schedule(self.testbed.diffusion)
         loss = diffusion_loss(self.latents, self.text, schedule, self.device, kept)
         folder = self.testbed.runs / "retrain" / job.name.removesuffix(".npz")
         train(model, loss, len(self.latents), loop, folder, device=self.device, progress=False)
         model.eval().requires_grad_(False)
         draws = self.config.judged_draws
-        found: dict[str, np.ndarray] = {"removed": np.asarray(job.removed, np.int32)}
-        for split, queries in self.queries.items():
-            found[f"losses_{split}"] = mean_losses([model], schedule, queries, draws, progress=False)[0].numpy()
+        losses = {
+            f"losses_{split}": mean_losses([model], schedule, queries, draws, progress=False)[0].numpy()
+            for split, queries in self.queries.items()
+        }
         source = SourceModel(model, self.autoencoder, self.testbed.diffusion, self.testbed.autoencoder)
         test = self.queries["test"]
         sampling = SampleConfig(steps=self.config.sampling_steps)
-        found["latents_test"] = sample_latents(source, test.text, self.seeds["test"], sampling).half().cpu().numpy()
-        if not job.removed:
-            found |= {WEIGHT + name: value.half().cpu().numpy() for name, value in model.state_dict().items()}
+        found = model_arrays(job, model, losses, sample_latents(source, test.text, self.seeds["test"], sampling))
         shutil.rmtree(folder)
         return found | {"seconds": np.array(time.perf_counter() - began)}
+
+
+def model_arrays(
+    job: Retraining, model: nn.Module, losses: dict[str, np.ndarray], latents: Tensor
+) -> dict[str, np.ndarray]:
+    """What is kept of a trained model; `latents`: the test queries sampled again."""
+    found = {"removed": np.asarray(job.removed, np.int32), **losses, "latents_test": latents.half().cpu().numpy()}
+    if not job.removed:
+        found |= {WEIGHT + name: value.half().cpu().numpy() for name, value in model.state_dict().items()}
+    return found
 
 
 def kept_images(job: Retraining, images: int) -> np.ndarray:

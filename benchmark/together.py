@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -28,12 +28,12 @@ from tqdm import tqdm
 
 from abu.diffusion_loss import NoiseSchedule, example_losses
 from abu.influence import all_draws
-from abu.models import DiffusionConfig, SourceModel, build_denoiser, noise_schedule
+from abu.models import SourceModel, build_denoiser, initial_denoiser, noise_schedule
 from abu.plan import Collection
 from abu.sample import SampleConfig, sample_latents
 from abu.train_diffusion import StepDraws, refilled, step_draws, step_loss
 from abu.training import LoopConfig, batch_rows, learning_rate
-from benchmark.retrainer import WEIGHT, Retrainer, Retraining, kept_images
+from benchmark.retrainer import Retrainer, Retraining, kept_images, model_arrays
 from fastgda.core import keyed_generator
 
 MEASURED_AT_ONCE = 1024
@@ -51,13 +51,6 @@ class Schedule:
     """Ids of each step's images [S, B]."""
     draws: StepDraws
     """Of all steps: [S, B], [S, B, c, h, w] and [S, B]."""
-
-
-def initial_weights(config: DiffusionConfig, seed: int) -> dict[str, Tensor]:
-    """Those that a model of this seed begins with."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return build_denoiser(config).state_dict()
 
 
 def plan_training(
@@ -289,7 +282,7 @@ class Together:
         data = retrainer.latents.to(device), retrainer.text.to(device)
         self.lanes = [Lane(retrainer, data, self.judged) for _ in range(count)]
         self.source = SourceModel(self.lanes[0].model, retrainer.autoencoder, testbed.diffusion, testbed.autoencoder)
-        self.weights_of = lru_cache(2 * count)(partial(initial_weights, testbed.diffusion))
+        self.weights_of = lru_cache(2 * count)(lambda seed: initial_denoiser(testbed.diffusion, seed).state_dict())
 
     def train(self, jobs: Sequence[Retraining]) -> Iterator[tuple[Retraining, dict[str, np.ndarray] | str]]:
         """Each model's arrays as `Retrainer.compute` makes them, or what is wrong with it; a round at a time.
@@ -309,7 +302,9 @@ class Together:
                 latents = self._round(lanes)
                 seconds = np.array((time.perf_counter() - began) / len(some))
                 for job, lane, sampled in zip(some, lanes, latents, strict=True):
-                    yield job, lane.trouble() or self._arrays(job, lane, sampled) | {"seconds": seconds}
+                    losses = self.judged.by_split(lane.losses)
+                    found = model_arrays(job, lane.model, losses, sampled) | {"seconds": seconds}
+                    yield job, lane.trouble() or found
 
     def _plan(self, pool: ThreadPoolExecutor, jobs: Sequence[Retraining]) -> list[Future[Schedule]]:
         loop, images = self.retrainer.testbed.diffusion_loop, self.retrainer.latents
@@ -333,13 +328,6 @@ class Together:
         if self.retrainer.device.type == "cuda":
             torch.cuda.synchronize()
         return latents
-
-    def _arrays(self, job: Retraining, lane: Lane, latents: Tensor) -> dict[str, np.ndarray]:
-        found = {"removed": np.asarray(job.removed, np.int32), **self.judged.by_split(lane.losses)}
-        found["latents_test"] = latents.half().cpu().numpy()
-        if not job.removed:
-            found |= {WEIGHT + name: value.half().cpu().numpy() for name, value in lane.model.state_dict().items()}
-        return found
 
 
 def run_together(retrainer: Retrainer, collection: Collection, jobs: Sequence[Retraining], count: int) -> None:
