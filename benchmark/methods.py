@@ -6,6 +6,7 @@
     python -m benchmark.methods first-order second-order        # the terms of those steps, each alone
     python -m benchmark.methods normalised plain                # the first-order teachers' collected passes
     python -m benchmark.methods normalised-knn plain-knn        # the same on K nearest images only (paper, Table 2)
+    python -m benchmark.methods minilm --influence finite-step  # minilm-influence: what the cosine predicts of τ
     python -m benchmark.methods exact                           # the loss changes of abu.collect_exact, as they are
     python -m benchmark.methods trak journey-trak d-trak das abu ekfac --dry_run      # time, memory and disk
     python -m benchmark.methods trak journey-trak d-trak das abu ekfac --workers 2    # resumable
@@ -15,8 +16,10 @@
 
 Writes data/<mode>/scores/<name>.npy, which benchmark.lds, benchmark.removal and the leaderboard judge and call by that
 name: the method, tuned-<feature type> for a ranker, with -<M>models, -ridge<λ> or -selected after it where these were
-asked for; or what --name says. A feature's score is the cosine of query and training image, a tuned ranker's the inner
-product of their embeddings; the others are in `benchmark.gradient_methods`.
+asked for; or what --name says. With --influence a method's score becomes the influence that it predicts: a monotone map
+(`fastgda.magnitude`), fitted on the validation queries to a teacher's scores, gives the same order the magnitudes of
+influence, which sums over images need. A feature's score is the cosine of query and training image, a tuned ranker's
+the inner product of their embeddings; the others are in `benchmark.gradient_methods`.
 """
 
 from __future__ import annotations
@@ -46,6 +49,7 @@ from benchmark.scores import save_scores
 from benchmark.teacher import NEIGHBOUR_FTYPE, NEIGHBOURS, TEACHERS, load_scores
 from fastgda.core import command_line, command_parser, load_npy, sha256_file
 from fastgda.dataset import Layout, layout, load_images, normalise
+from fastgda.magnitude import Magnitude
 from fastgda.ranker import load_ranker
 from fastgda.rankings import top
 
@@ -126,6 +130,20 @@ def among_nearest(scores: np.ndarray, features: np.ndarray, count: int) -> np.nd
     return found
 
 
+def influence_scores(testbed: Testbed, method: str, split: str, args: argparse.Namespace) -> tuple[np.ndarray, dict]:
+    """`frozen_scores`, or the influence under the teacher `args.influence` that they predict; `ValueError` if that is
+    the same for all.
+    """
+    scores, inputs = frozen_scores(testbed, method, split, args)
+    if args.influence is None:
+        return scores, inputs
+    fitted_on = frozen_scores(testbed, method, "val", args)[0]
+    magnitude = Magnitude.fit(fitted_on, teacher_scores(testbed, args.influence, "val"))
+    if np.ptp(magnitude.influence) == 0:
+        raise ValueError(f"{method}: expected scores that rise with the influence under {args.influence}, found none")
+    return magnitude.predict(scores), inputs
+
+
 def frozen_scores(testbed: Testbed, method: str, split: str, args: argparse.Namespace) -> tuple[np.ndarray, dict]:
     """(scores of a method that takes no gradients of its own, hashes of what else they are made from)."""
     if method == RANDOM:
@@ -148,10 +166,9 @@ def score_name(method: str, args: argparse.Namespace) -> str:
     """What a method is called in score files and tables."""
     if args.name is not None:
         return args.name
-    if method == TUNED:
-        return f"{TUNED}-{args.ftype}"
     if method not in METHODS:
-        return method
+        name = f"{TUNED}-{args.ftype}" if method == TUNED else method
+        return name if args.influence is None else f"{name}-influence"
     name = method if args.models == 1 else f"{method}-{args.models}models"
     if METHODS[method].score == "inner":
         return name
@@ -186,13 +203,14 @@ def gradient_scores(testbed: Testbed, method: str, args: argparse.Namespace) -> 
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
     parser = command_parser("python -m benchmark.methods", __doc__)
-    teachers = f"{', '.join(COLLECTED)}, {AT}<α>, each also with {NEAREST}"
-    known = f"{RANDOM}, {TUNED}, {teachers}, {', '.join(METHODS)}, or feature types"
+    teachers = f"{', '.join(COLLECTED)}, {AT}<α>"
+    known = f"{RANDOM}, {TUNED}, {teachers}, each also with {NEAREST}, {', '.join(METHODS)}, or feature types"
     parser.add_argument("methods", nargs="+", help=known)
     add_judge_flags(parser)
     parser.add_argument("--split", choices=JUDGED, default="test", help="which queries (default: test)")
     parser.add_argument("--ftype", default="effnet+minilm", help="feature type of the tuned ranker")
     parser.add_argument("--checkpoint", type=Path, help="the tuned ranker")
+    parser.add_argument("--influence", metavar="TEACHER", help="map the scores to the influence under this teacher")
     parser.add_argument("--models", type=int, default=1, help="models that TRAK and its kin average over (default: 1)")
     parser.add_argument("--ridge", type=float, help="λ (default: the paper's, or a share of the mean squared length)")
     parser.add_argument("--select", action="store_true", help="λ by the LDS of the validation queries")
@@ -213,6 +231,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.name is not None and len(args.methods) > 1:
         raise ValueError(f"--name: expected one method beside it, found {len(args.methods)}")
+    if args.influence is not None:
+        if not is_teacher(args.influence):
+            raise ValueError(f"--influence: expected one of {teachers}, found {args.influence}")
+        if given := [method for method in args.methods if is_teacher(method) or method in METHODS]:
+            raise ValueError(f"--influence: expected features or a tuned ranker beside it, found {given[0]}")
     if args.select and args.ridge is not None:
         raise ValueError("--select: expected no --ridge beside it, found one")
     testbed = testbed_from(args)
@@ -227,8 +250,9 @@ def main(argv: list[str] | None = None) -> None:
             scores, settings = gradient_scores(testbed, method, args)
             inputs: dict[str, str] = {}
         else:
-            scores, inputs = frozen_scores(testbed, method, args.split, args)
+            scores, inputs = influence_scores(testbed, method, args.split, args)
             settings = {"method": method} | ({"ftype": args.ftype} if method == TUNED else {})
+            settings |= {"influence": args.influence} if args.influence is not None else {}
         path = save_scores(testbed, score_name(method, args), args.split, scores, settings, command, **inputs)
         print(f"{path}: {list(scores.shape)}")
 

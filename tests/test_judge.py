@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.stats import rankdata
 from small_collection import few_draws
 from small_judge import IMAGES, QUERIES, SETS, small_testbed, write_small_testbed
 
@@ -405,6 +406,30 @@ def test_frozen_methods_write_scores_under_their_names(collected, features):
     assert ((few == few.min(1, keepdims=True)).sum(1) >= IMAGES - round(methods.NEIGHBOURS * IMAGES)).all()
 
 
+def test_influence_keeps_the_order_and_has_the_teachers_magnitude(collected, features, capsys):
+    assert methods.main(["finite-step@1", "--split", "val"]) == 0
+    teacher = load_scores(collected.data / "scores/val/finite-step@1.npy", collected, "val")
+    folder = collected.data / "feats/dino"
+    save_npy(folder / "data_feats.npy", np.eye(IMAGES, dtype="f4"))
+    # the cosine with image i is then proportional to its place
+    save_npy(folder / "val_query_feats.npy", rankdata(teacher, axis=1).astype("f4"))
+    assert methods.main(["dino", "--influence", "finite-step@1", "--split", "val"]) == 0
+    influence = load_scores(collected.data / "scores/val/dino-influence.npy", collected, "val")
+    assert (np.diff(np.take_along_axis(influence, np.argsort(teacher, axis=1), 1), axis=1) >= 0).all()
+    assert ((influence - teacher) ** 2).mean() < 0.75 * teacher.var()
+    save_npy(folder / "val_query_feats.npy", rankdata(-teacher, axis=1).astype("f4"))
+    assert methods.main(["dino", "--influence", "finite-step@1", "--split", "val"]) == 2
+    assert "dino: expected scores that rise with the influence under finite-step@1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags", [["pixel", "--influence", "pixel"], ["d-trak", "--influence", "plain"], ["plain", "--influence", "plain"]]
+)
+def test_influence_is_predicted_from_features_under_a_teacher(flags, capsys):
+    assert methods.main(flags) == 2
+    assert "--influence: expected" in capsys.readouterr().err
+
+
 def test_exact_scores_are_loss_changes_at_the_moved_weights(collected):
     assert methods.main(["exact"]) == 0
     device, ids = torch.device("cpu"), list(range(IMAGES))
@@ -501,7 +526,7 @@ def test_steps_that_are_no_sizes_are_refused(size):
 
 def test_settings_are_part_of_a_methods_name(capsys):
     def name(method, **settings):
-        usual = {"name": None, "ftype": "pixel", "models": 1, "select": False, "ridge": None}
+        usual = {"name": None, "ftype": "pixel", "models": 1, "select": False, "ridge": None, "influence": None}
         return methods.score_name(method, argparse.Namespace(**usual | settings))
 
     assert name("trak") == "trak"
@@ -509,6 +534,7 @@ def test_settings_are_part_of_a_methods_name(capsys):
     assert name("trak", models=4, select=True) == "trak-4models-selected"
     assert name("abu-plus", models=4, ridge=0.05, select=True) == "abu-plus-4models"
     assert name("tuned") == "tuned-pixel"
+    assert name("tuned", influence="plain") == "tuned-pixel-influence"
     assert name("tuned", name="best") == "best"
     assert methods.main(["trak", "das", "--name", "one"]) == 2
     assert methods.main(["trak", "--select", "--ridge", "1"]) == 2
