@@ -45,10 +45,13 @@ from serving.guard import LOG, Service
 from serving.limits import Limits, Turn
 from serving.page import build_app, finish, launch, signals
 from serving.painter import Painter
+from serving.retrained import Retrained
 from serving.world import World, typical_distance
 
 SOURCE = ROOT / "weights" / "emoji_ldm"
 """The testbed's source model."""
+RETRAINED = ROOT / "results" / "removal" / "pictures.npz"
+"""Pictures of the testbed's models trained again."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,10 @@ class DemoConfig:
     source_model: Path | None = None
     """Source model to generate pictures with, by default weights/emoji_ldm for the testbed; without one the demo shows
     stored and uploaded pictures only."""
+
+    retrained: Path | None = None
+    """Pictures of models trained without a query's most influential images, by default results/removal/pictures.npz
+    for the testbed; without them the page has no such part."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.port <= 65535:
@@ -125,6 +132,7 @@ def load_world(config: DemoConfig, limits: Limits | None = None) -> World:
         how=method(encoder_identity, sha256_file(config.checkpoint), len(images), credit),
         credit=credit,
         painter=load_painter(config, limits),
+        retrained=load_retrained(config),
         limits=limits,
         typical_distance=typical_distance(untuned, features),
         encoding=Turn(limits.timeout_s),
@@ -147,6 +155,13 @@ def load_painter(config: DemoConfig, limits: Limits) -> Painter | None:
     """What generates pictures; `None` without a source model. The testbed's draws emoji, so it is not COCO's."""
     folder = config.source_model or (SOURCE if config.mode == "emoji" else None)
     return Painter(folder, seconds=limits.timeout_s) if folder is not None and folder.is_dir() else None
+
+
+def load_retrained(config: DemoConfig) -> Retrained | None:
+    """Pictures of models trained again: those asked for, else the testbed's own where they are."""
+    if config.retrained is None and (config.mode != "emoji" or not RETRAINED.is_file()):
+        return None
+    return Retrained.load(config.retrained or RETRAINED)
 
 
 def load_credit(

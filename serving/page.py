@@ -31,6 +31,7 @@ from serving import html
 from serving.answer import Answer, document
 from serving.guard import Guard, Service, log
 from serving.limits import from_base64
+from serving.retrained import Retrained
 from serving.world import World
 
 if TYPE_CHECKING:
@@ -46,6 +47,9 @@ FOLLOW = """(html) => {
   history.replaceState(null, '', link ? link.getAttribute('href') : location.pathname);
 }"""
 """Puts the permalink into the address bar."""
+RETRAINED = """### What is lost without them
+A smaller model of the same emoji, trained again without the images that a method finds most influential for a prompt,
+draws it from the same seed. The more its loss rises, the more those images mattered."""
 Shown = tuple[str, str, str, str, str, str, str]
 """HTML of (message, picture, permalink, shares, tuned gallery, untuned gallery, teacher's gallery)."""
 
@@ -135,6 +139,16 @@ def shown(world: World, answer: Answer) -> Shown:
         gallery(world, answer.untuned, ranking, untuned_distances),
         truth,
     )
+
+
+def show_retrained(retrained: Retrained, query: int) -> str:
+    """The pictures of a query by models trained without its most influential images, the whole model's first."""
+    caption = retrained.captions[query]
+    cards = [html.card(retrained.image(query), caption, ["trained on everything"])]
+    for removal in retrained.of(query):
+        notes = [f"without {removal.removed:,} images", f"loss {removal.change:+.4f}"]
+        cards.append(html.card(Image.fromarray(removal.picture), removal.method, notes))
+    return html.gallery(cards)
 
 
 def failed(error: ValueError) -> Shown:
@@ -294,6 +308,8 @@ def build_app(world: World) -> gr.Blocks:
                     with gr.Column(min_width=260):
                         gr.Markdown("### Teacher: slow reference")
                         teacher = gr.HTML(elem_id="teacher")
+        if world.retrained is not None:
+            retrained_section(world.retrained)
         outputs = [status, picture, link, shares, tuned, untuned, teacher]
 
         def opened(request: gr.Request) -> tuple:
@@ -329,6 +345,17 @@ def build_app(world: World) -> gr.Blocks:
         gr.api(generate, api_name="generate", api_description=Api.generate.__doc__, **work)
         gr.api(query_api, api_name="query", api_description=Api.query.__doc__, **work)
     return app
+
+
+def retrained_section(retrained: Retrained) -> None:
+    """The part of the page on models that were trained again."""
+    import gradio as gr
+
+    gr.Markdown(RETRAINED)
+    choices = [(caption, query) for query, caption in enumerate(retrained.captions)]
+    chosen = gr.Dropdown(choices, value=0, label="Judged prompt", elem_id="judged")
+    pictures = gr.HTML(show_retrained(retrained, 0), elem_id="retrained")
+    chosen.input(lambda query: show_retrained(retrained, query), chosen, pictures, api_visibility="private")
 
 
 def launch(app: gr.Blocks, service: Service, host: str, port: int) -> str:

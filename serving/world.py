@@ -18,6 +18,7 @@ from feature_extraction.sources import Pictures
 from serving.answer import Answer, creators_of
 from serving.limits import Limits, Turn, whole
 from serving.painter import Painter
+from serving.retrained import Retrained
 
 SAMPLE = 256
 """Training images whose nearest others say what distance is usual."""
@@ -49,6 +50,8 @@ class World:
     """Absent where the teacher's scores of validation queries are."""
     painter: Painter | None = None
     """Absent without the source model."""
+    retrained: Retrained | None = None
+    """Pictures of models trained again; absent where they were not made."""
     limits: Limits = field(default_factory=Limits)
     typical_distance: float = 0.0
     """Median cosine distance of a training image to its nearest other."""

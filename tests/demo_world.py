@@ -21,6 +21,7 @@ from feature_extraction.extract import main as extract
 from serving.guard import Service
 from serving.limits import Limits
 from serving.page import build_app, launch
+from serving.retrained import Removal, Retrained
 from serving.world import World
 
 IMAGES, QUERIES, TOP, FTYPE = 36, 4, 6, "pixel+minilm"
@@ -33,14 +34,27 @@ def write_world(folder: Path) -> Path:
     write_rankings(folder, IMAGES, QUERIES, ("val", "test"))
     write_ranker(folder / "ranker.pth", 768 + 384)
     write_source(folder / "source")
+    retrained().save(folder / "retrained.npz")
     options = ["--ftype", FTYPE, "--splits", "data", "val_query", "--device", "cpu"]
     assert extract(["--data_dir", str(folder), *options]) == 0
     return folder
 
 
+def retrained() -> Retrained:
+    """Pictures of three queries, each of one colour; the second was judged for two methods and two K."""
+    colours = np.random.default_rng(0).integers(0, 256, (8, 3), np.uint8)
+    pictures = np.broadcast_to(colours[:, None, None], (8, 6, 6, 3))
+    rows = [(1, "tuned", 9, 0.02), (1, "tuned", 2, 0.01), (1, "untuned", 2, -0.005), (2, "tuned", 9, 0.03)]
+    removals = [Removal(*row, picture) for row, picture in zip(rows, pictures[3:], strict=False)]
+    return Retrained(("red heart, noto style", "cat, twemoji style", "<b>dog</b>"), pictures[:3], tuple(removals))
+
+
 def load(folder: Path, limits: Limits | None = None) -> World:
     """The world in `folder`."""
-    config = demo.DemoConfig(folder / "ranker.pth", FTYPE, data_dir=folder, topk=TOP, source_model=folder / "source")
+    source, pictures = folder / "source", folder / "retrained.npz"
+    config = demo.DemoConfig(
+        folder / "ranker.pth", FTYPE, data_dir=folder, topk=TOP, source_model=source, retrained=pictures
+    )
     world = demo.load_world(config, limits)
     assert world.painter is not None
     world.painter.config = SampleConfig(steps=2)

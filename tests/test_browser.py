@@ -171,6 +171,16 @@ def test_browser_generates_by_keyboard_and_the_permalink_leads_back(visit: Visit
     page.locator("#status [role=alert]", has_text="query: expected a number from 0 to 3").wait_for()
 
 
+def test_browser_shows_what_models_trained_again_draw(visit: Visit, world: World) -> None:
+    assert visit.captions("retrained") == ["red heart, noto style"]
+    visit.page.locator("#judged input").click()
+    visit.page.get_by_role("option", name="cat, twemoji style").click()
+    visit.page.wait_for_function("document.querySelectorAll('#retrained img').length === 4")
+    assert visit.captions("retrained") == ["cat, twemoji style", "tuned", "untuned", "tuned"]
+    assert "without 2 images" in visit.page.locator("#retrained").inner_text()
+    assert not visit.errors
+
+
 def test_browser_shows_released_data_without_what_it_lacks(browser: Any, tmp_path: Path) -> None:
     world = demo.load_world(coco_config(write_coco(tmp_path / "coco")))
     page, errors = browser.new_page(), []
