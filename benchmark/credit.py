@@ -7,8 +7,9 @@ Writes <checkpoint stem>.credit.json beside the checkpoint, for bundles and the 
 magnitude      is the teacher's score what the ranker's score predicts? pairs of all test queries and images in ten
                groups by prediction, the most influential apart; R^2, slope of observed on predicted (calibrated: 1)
 concentration  1 / sum_i p_i^2 for the credits p of the first images: how many images share the influence
-shares         mean absolute error of creators' shares against the teacher's own, beside rules that know less; how often
-               the intervals hold the teacher's share
+shares         mean absolute error of creators' shares against the teacher's own, beside rules that know less
+intervals      for how many queries they hold all of the teacher's shares; and how many of all shares, of those above
+               LARGE, and of the largest one that was predicted
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ from fastgda.ranker import load_ranker
 from fastgda.rankings import top
 from feature_extraction.readers import split_path
 
+LARGE = 0.3
+"""Shares above this one are counted apart."""
 TOP_SHARES = (1e-4, 1e-3, 1e-2, 0.1)
 """Groups by prediction: the highest so many of all pairs, beside which the rest is cut into equal groups."""
 
@@ -120,6 +123,20 @@ def shares_report(estimates: dict[str, np.ndarray], truth: np.ndarray) -> dict[s
     return report
 
 
+def intervals_report(low: np.ndarray, high: np.ndarray, shares: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
+    """How often the intervals from `low` to `high` of the predicted `shares` hold the teacher's; all [Q, creators]."""
+    held = (low <= truth) & (truth <= high)
+    largest = np.take_along_axis(held, shares.argmax(1)[:, None], 1)
+    return {
+        "level": LEVEL,
+        "all_of_a_query": held.all(1).mean(),
+        "shares": held.mean(),
+        "large_shares": held[truth > LARGE].mean() if (truth > LARGE).any() else None,
+        "largest_predicted": largest.mean(),
+        "mean_width": (high - low).mean(),
+    }
+
+
 class Judge:
     """The test queries with the teacher's shares, and what each rule says of them."""
 
@@ -192,12 +209,7 @@ def report(config: CreditConfig) -> tuple[Credit, dict[str, Any]]:
             "correlation": np.corrcoef(*effective)[0, 1],
         },
         "shares": shares_report(estimates, judge.truth),
-        "intervals": {
-            "level": LEVEL,
-            "held": ((low <= judge.truth) & (judge.truth <= high)).mean(),
-            "mean_width": (high - low).mean(),
-            "width_in_sigma": credit.width,
-        },
+        "intervals": intervals_report(low, high, shares, judge.truth) | {"width_in_sigma": credit.width},
     }
 
 
@@ -217,7 +229,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{name:8s} R^2 {row['r_squared']:.3f}, observed = {row['offset']:.3f} + {row['slope']:.3f} predicted")
     for name, row in found["shares"].items():
         print(f"{name:31s} error of a share {row['absolute_error']:.4f} ± {row['standard_error']:.4f}")
-    print(f"intervals hold {found['intervals']['held']:.1%} of the teacher's shares ({LEVEL:.0%} wanted)")
+    held = found["intervals"]["all_of_a_query"]
+    print(f"intervals hold all of the teacher's shares for {held:.1%} of queries ({LEVEL:.0%} wanted)")
     print(f"{config.rule}, {output}")
 
 

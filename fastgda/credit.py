@@ -6,11 +6,12 @@ divided by the sum of all. It follows that shares are at least 0 and sum to 1, d
 and that a creator who is split in two splits her share. The teacher's own shares, which these predict, come from the
 same rule with the teacher's ranking and scores.
 
-Shares c carry intervals by split conformal prediction. With independent deviations d_i of the influences t_i,
-sigma_c^2 = sum_i d_i^2 (1[i in c] - share_c)^2 / (sum_i t_i)^2; the interval is share_c -+ width (sigma_c + FLOOR), and
-`width` is the quantile of |teacher's share - share| / (sigma + FLOOR) over the queries that the map was fitted on, so
-that such an interval holds the teacher's share in `LEVEL` of cases. benchmark/credit.py measures in how many it does on
-queries that were not used for it.
+Shares c carry intervals by conformal prediction. With independent deviations d_i of the influences t_i,
+sigma_c^2 = sum_i d_i^2 (1[i in c] - share_c)^2 / (sum_i t_i)^2; the interval is share_c -+ width (sigma_c + FLOOR).
+`width` is a quantile over queries of the largest |teacher's share - share| / (sigma + FLOOR) of any creator, measured
+on each half of the queries under the map of the other half. So *all* intervals of an image hold the teacher's shares
+for `LEVEL` of images: pooled over creators the same level would be reached by the many shares near zero.
+benchmark/credit.py measures how often they do on other queries.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Share:
     """From 0 to 1."""
     low: float
     high: float
-    """Interval that holds the teacher's share in 9 of 10 cases."""
+    """Of its interval; the intervals of all creators hold the teacher's shares for 9 of 10 images."""
     images: int
     """Images of the creator among the first `depth`."""
 
@@ -78,21 +79,26 @@ class Credit:
         ranker: str = "",
         fitted_on: str = "",
     ) -> Credit:
-        """Fits ranker's `scores` [Q, N] of all images, whose creators are given, to the teacher's."""
+        """Fits ranker's `scores` [Q, N] of all images, whose creators are given, to the teacher's; `ValueError` for
+        fewer than two queries. Queries of one concept should follow each other: the halves are those of the rows.
+        """
         influence = dense(teacher, scores.shape[1])
-        if len(scores) != teacher.queries:
-            raise ValueError(f"expected scores of {teacher.queries} queries, found {len(scores)}")
-        magnitude, depth = Magnitude.fit(scores, influence), min(depth, scores.shape[1])
+        if len(scores) != teacher.queries or len(scores) < 2:
+            raise ValueError(f"expected scores of {max(2, teacher.queries)} queries, found {len(scores)}")
+        depth = min(depth, scores.shape[1])
         codes, names = coded(creators)
-        unit = cls(magnitude, 1.0, depth, ranker, fitted_on)
-        ratios = []
-        for row, truth in zip(scores, teacher_shares(teacher, codes, len(names), depth), strict=True):
-            ids = top(row[None], depth)[0]
-            found, sigma = unit.estimate(row[ids], codes[ids], len(names))
-            ratios.append(np.abs(found - truth) / (sigma + FLOOR))
+        truth = teacher_shares(teacher, codes, len(names), depth)
+        largest = np.empty(len(scores))
+        for held in np.array_split(np.arange(len(scores)), 2):
+            others = np.delete(np.arange(len(scores)), held)
+            rule = cls(Magnitude.fit(scores[others], influence[others]), 1.0, depth)
+            for query in held:
+                ids = top(scores[query : query + 1], depth)[0]
+                found, sigma = rule.estimate(scores[query, ids], codes[ids], len(names))
+                largest[query] = (np.abs(found - truth[query]) / (sigma + FLOOR)).max()
         # the quantile that split conformal prediction takes of so many queries
-        width = np.quantile(ratios, min(1.0, LEVEL * (1 + 1 / len(scores))))
-        return cls(magnitude, float(width), depth, ranker, fitted_on)
+        width = np.quantile(largest, min(1.0, LEVEL * (1 + 1 / len(scores))))
+        return cls(Magnitude.fit(scores, influence), float(width), depth, ranker, fitted_on)
 
     def estimate(self, scores: np.ndarray, codes: np.ndarray, creators: int) -> tuple[np.ndarray, np.ndarray]:
         """(shares [creators], sigma [creators]) for the scores of the first images, codes[i] the creator of i."""

@@ -19,8 +19,8 @@ SHOWN = ("caption", "creator", "licence", "url")
 CAVEATS = (
     "The order is predicted by a ranker that learned it from a teacher, which estimates how the generated image's loss "
     "would change had a training image been unlearned. Neither is proof that an image was copied.",
-    f"Shares are of the predicted influence of the first images only; the intervals hold the teacher's own shares in "
-    f"{LEVEL:.0%} of cases on queries like those that they were fitted on, and say nothing of the teacher's own error.",
+    "Shares are of the predicted influence of the first images only; for pictures like those that they were fitted on, "
+    f"all intervals together hold the teacher's own shares in {LEVEL:.0%} of cases, and say nothing of its own error.",
     "Scores of different pictures can be compared only roughly, and pictures that the model did not make have no "
     "influences: for them the list shows look-alikes.",
 )

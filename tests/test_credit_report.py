@@ -52,10 +52,18 @@ def test_a_perfect_ranker_is_reported_as_one(data: Path, tmp_path: Path, capsys)
     assert report["creators"] == ["flat studio", "outline studio"]
     assert shares["tuned, influence predicted"]["absolute_error"] < 0.03
     assert shares["tuned, influence predicted"]["absolute_error"] < shares["untuned, images counted"]["absolute_error"]
-    assert report["intervals"]["held"] > 0.5 and abs(report["concentration"]["predicted"] - 10) < 3
+    assert report["intervals"]["all_of_a_query"] > 0.5 and abs(report["concentration"]["predicted"] - 10) < 3
     rule = Credit.load(data / "ranker.credit.json", ranker=sha256_file(data / "ranker.pth"))
     assert rule.depth == 10 and "12 validation queries" in rule.fitted_on
     assert "intervals hold" in capsys.readouterr().out
+
+
+def test_intervals_are_counted_by_query_and_by_share() -> None:
+    truth = np.array([[0.6, 0.4, 0.0], [0.1, 0.9, 0.0]])
+    shares = np.array([[0.5, 0.5, 0.0], [0.8, 0.2, 0.0]])
+    found = credit.intervals_report(shares - 0.1, shares + 0.15, shares, truth)
+    assert found["all_of_a_query"] == 0.5 and found["shares"] == pytest.approx(4 / 6)
+    assert found["large_shares"] == pytest.approx(2 / 3) and found["largest_predicted"] == 0.5
 
 
 def test_concentration_counts_equal_credits() -> None:
