@@ -81,6 +81,9 @@ class Losses(Protocol):
     def sets(self, split: str) -> list[str]:
         """Creators of the queries of a split or, with "training", of the training images."""
 
+    def jobs(self) -> list[Retraining]:
+        """All models that are there, in the order of their names."""
+
     def missing(self, jobs: Sequence[Retraining]) -> list[Retraining]:
         """Models whose losses are not there."""
 
@@ -122,6 +125,12 @@ class CachedLosses:
     def sets(self, split: str) -> list[str]:
         """See `Losses`."""
         return read_split(self.testbed.data, "data" if split == "training" else f"{split}_query").sets
+
+    def jobs(self) -> list[Retraining]:
+        """See `Losses`."""
+        files = sorted(self.collection.folder.glob("without_*_seed_*.npz"))
+        removed = [load_npz(path, ("removed",))["removed"] for path in files]
+        return [Retraining(tuple(ids.tolist()), seed_of(path.name)) for path, ids in zip(files, removed, strict=True)]
 
     def missing(self, jobs: Sequence[Retraining]) -> list[Retraining]:
         """See `Losses`."""
@@ -165,27 +174,42 @@ class ExportedLosses:
         """See `Losses`."""
         return self.arrays[f"sets_{split}"].tolist()
 
+    @cached_property
+    def models(self) -> dict[str, Retraining]:
+        """Name -> model; `ValueError` if one does not lack the images that its name says."""
+        removed = np.unpackbits(self.arrays["removed"], axis=1, count=self.images)
+        found = {}
+        for name, bits in zip(self.rows, removed, strict=True):
+            found[name] = Retraining(tuple(np.flatnonzero(bits).tolist()), seed_of(name))
+            if found[name].name != name:
+                raise ValueError(f"{self.path}: expected {name} to lack the images of its name, found others")
+        return found
+
+    def jobs(self) -> list[Retraining]:
+        """See `Losses`."""
+        return list(self.models.values())
+
     def missing(self, jobs: Sequence[Retraining]) -> list[Retraining]:
         """See `Losses`."""
-        return [job for job in jobs if job.name not in self.rows]
+        return [job for job in jobs if job.name not in self.models]
 
     def of(self, jobs: Sequence[Retraining], split: str) -> np.ndarray:
         """See `Losses`."""
         missing = self.missing(jobs)
         if missing:
             raise ValueError(f"{self.path}: expected {len(jobs)} models, found no {missing[0].name}")
-        rows = [self.rows[job.name] for job in jobs]
-        removed = np.unpackbits(self.arrays["removed"][rows], axis=1, count=self.images)
-        for job, bits in zip(jobs, removed, strict=True):
-            if not np.array_equal(np.flatnonzero(bits), job.removed):
-                raise ValueError(f"{self.path}: expected {job.name} to lack the images of its name, found others")
-        return self.arrays[f"losses_{split}"][rows]
+        return self.arrays[f"losses_{split}"][[self.rows[job.name] for job in jobs]]
 
     def scores(self, path: Path, split: str) -> np.ndarray:
         """See `Losses`."""
         wanted = {"training": self.inputs["training"], "queries": self.inputs[split], "model": self.inputs["model"]}
         shape = (len(self.concepts(split)), self.images)
         return read_scores(path, shape, wanted, f"{self.testbed.name}, {split} queries")
+
+
+def seed_of(name: str) -> int:
+    """The seed in the name of a retrained model's file."""
+    return int(Path(name).stem.rsplit("_", 1)[1])
 
 
 def export_losses(testbed: Testbed) -> Path:
@@ -201,7 +225,7 @@ def export_losses(testbed: Testbed) -> Path:
         row[arrays["removed"]] = True
     columns = {
         "names": np.array([path.name for path in files]),
-        "seeds": np.array([int(path.stem.rsplit("_", 1)[1]) for path in files]),
+        "seeds": np.array([seed_of(path.name) for path in files]),
         "removed": np.packbits(bits, axis=1),
         "images": np.array(cached.images),
         "sets_training": np.array(cached.sets("training")),
@@ -230,14 +254,11 @@ def restore_losses(testbed: Testbed) -> int:
                 f"{export.path}: expected losses of this testbed, found another {name}: "
                 f"SHA-256 {export.inputs[name][:12]}…, not {value[:12]}…"
             )
-    removed = np.unpackbits(export.arrays["removed"], axis=1, count=export.images).astype(bool)
-    lacking = [name for name in export.rows if not (collection.folder / name).is_file()]
-    lacking = [name for name in lacking if removed[export.rows[name]].any()]
-    for name in lacking:
-        row = export.rows[name]
+    lacking = [job for job in collection.missing(export.jobs()) if job.removed]
+    for job in lacking:
+        row = export.rows[job.name]
         arrays = {f"losses_{split}": export.arrays[f"losses_{split}"][row] for split in JUDGED}
-        arrays["removed"] = np.flatnonzero(removed[row]).astype(np.int32)
-        save_npz(collection.folder / name, compress=False, **arrays)
+        save_npz(collection.path(job), compress=False, removed=np.asarray(job.removed, np.int32), **arrays)
     return len(lacking)
 
 

@@ -27,6 +27,7 @@ from abu.testbed import TESTBEDS
 from abu.train_diffusion import refilled
 from abu.unlearn import STEP, UnlearnConfig
 from benchmark import (
+    calibration,
     creators,
     gradient_store,
     image_rows,
@@ -293,6 +294,18 @@ def test_creators_effects_and_sums(retrained, scores, tmp_path):
     report = json.loads(output.read_text())
     assert [row["method"] for row in report["rows"]] == [creators.PROMPT, "first", "second"]
     assert report["ceiling"].keys() == {"spearman", "top1"}
+
+
+def test_calibration_reads_the_scores_of_both_splits(retrained, scores, tmp_path, capsys):
+    output = tmp_path / "calibration.json"
+    flags = ["--models", "2", "--references", "2", "--output", str(output)]
+    assert calibration.main([str(scores[0]), *flags]) == 2
+    assert "scores/val/first.npy: expected a file, found nothing" in capsys.readouterr().err
+    values = np.random.default_rng(7).normal(size=(QUERIES["val"], IMAGES))
+    save_scores(retrained, "first", "val", values, {}, "test")
+    assert calibration.main([str(scores[0]), *flags]) == 0
+    groups = json.loads(output.read_text())["rows"][0]["groups"]
+    assert groups["creators"]["models"] == 2 * len(SETS) and groups["halves"]["models"] == HALVES
 
 
 def test_agreement_is_one_for_the_truth_and_turns_with_the_sign():
