@@ -1,15 +1,19 @@
 """Recall, latency, memory and disk of index structures at several sizes, on vectors like a real embedding's.
 
-    python -m benchmark.index_scale --embedding data/emoji/feats/effnet+minilm/data_feats.npy \\
-        --queries data/emoji/feats/effnet+minilm/test_query_feats.npy --sizes 14297 118287 1000000 --dims 768 256
+    python -m feature_extraction.extract && python -m benchmark.index_scale --sizes 14297 118287 1000000 --dims 768 256
+    python -m benchmark.index_scale --sizes 10000000 --dims 768 --factories IVF{lists},PQ64x4fs --on_disk --limit_gb 1.5
 
-Writes results/scale/index.json. Each (dimension, size, factory) is a piece under runs/scale that is kept; after Ctrl-C
-the same command goes on from the last whole piece. What is measured runs in a process of its own, for its memory.
+The vectors are made up after the ranker's embedding of the training features, the queries after that of generated
+images (`benchmark.synthetic`). Writes results/scale/index.json, where pieces of other sizes, dimensions and factories
+stay. Each (dimension, size, factory) is a piece under runs/scale that is kept; after Ctrl-C the same command goes on
+from the last whole piece. What is measured runs in a process of its own, for its memory; with --limit_gb in a control
+group that has no more than that, the pages of mapped files included, so that what does not fit is read from disk.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -24,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmark.memory_limit import limited
 from benchmark.synthetic import Statistics, Synthetic, exact_neighbours
 from fastgda.core import (
     ROOT,
@@ -40,6 +45,7 @@ from fastgda.flags import add_flags, from_flags
 from fastgda.index import Index, SegmentConfig, Source, recommend
 from fastgda.index.backend import set_threads
 from fastgda.index.calibrate import calibrate, recall
+from fastgda.ranker import load_ranker
 
 FACTORIES = (
     "Flat",
@@ -52,26 +58,34 @@ FACTORIES = (
 )
 DEPTHS = (10, 100, 1000)
 """Values of k of recall@k."""
+CALIBRATED_ON = 7
+"""One query in so many calibrates."""
+BUDGET, LEAST = 30.0, 100
+"""Seconds for a measurement of latency, and single queries that it takes however long they last."""
 
 
 @dataclass(frozen=True)
 class ScaleConfig:
     """What is measured."""
 
-    embedding: Path = ROOT / "data" / "emoji" / "feats" / "effnet+minilm" / "data_feats.npy"
-    """.npy file of training embeddings (or features) whose statistics are imitated."""
+    features: Path = ROOT / "data" / "emoji" / "feats" / "effnet+minilm" / "data_feats.npy"
+    """.npy file of the training images' features."""
     queries: Path = ROOT / "data" / "emoji" / "feats" / "effnet+minilm" / "test_query_feats.npy"
-    """.npy file of generated images in the same embedding."""
+    """.npy file of generated images' features."""
+    checkpoint: Path = ROOT / "weights" / "emoji_effnet+minilm.pth"
+    """Ranker whose embedding of both is imitated."""
+    tuned: bool = True
+    """Imitate the ranker's embedding; otherwise the features as they are."""
     sizes: tuple[int, ...] = (14_297, 118_287, 1_000_000)
     """Numbers of vectors."""
     dims: tuple[int, ...] = (768, 256)
     """Widths, at most the embedding's."""
     factories: tuple[str, ...] = FACTORIES
     """FAISS factory strings; {lists} is a power of two, about four times the root of the size. Also: auto."""
-    query_count: int = 400
-    """Queries: half for calibration, half to measure."""
-    recall: float = 0.95
-    """Recall@k that calibration aims at."""
+    query_count: int = 1200
+    """Queries to measure; a sixth as many others calibrate."""
+    goals: tuple[float, ...] = (0.95, 0.99)
+    """Values of recall@k that the index is calibrated to, one after the other."""
     k: int = 100
     """k of calibration and of the latencies."""
     clients: int = 4
@@ -80,14 +94,16 @@ class ScaleConfig:
     """Memory budget of the factory auto."""
     on_disk: bool = False
     """Leave inverted lists on disk."""
+    limit_gb: float = 0.0
+    """Memory that the measured process may have, page cache included, in GB; 0: all. Needs root (control groups)."""
     work: Path = ROOT / "runs" / "scale"
     """Folder of pieces and of the index under construction."""
     output: Path = ROOT / "results" / "scale" / "index.json"
     """The report."""
 
     def __post_init__(self) -> None:
-        if min((*self.sizes, *self.dims, self.query_count - 7, self.k, self.clients)) < 1:
-            raise ValueError("sizes, dims, k and clients: expected positive numbers, and at least 8 queries")
+        if min((*self.sizes, *self.dims, self.query_count - 23, self.k, self.clients, len(self.goals))) < 1:
+            raise ValueError("sizes, dims, k, clients, goals: expected positive numbers, and at least 24 queries")
 
 
 def structure_for(config: ScaleConfig, factory: str, size: int, dim: int) -> SegmentConfig:
@@ -100,26 +116,40 @@ def structure_for(config: ScaleConfig, factory: str, size: int, dim: int) -> Seg
     return SegmentConfig(factory.format(lists=lists), store, on_disk)
 
 
-def build_piece(config: ScaleConfig, rows: Synthetic, structure: SegmentConfig, folder: Path) -> float:
+def build_piece(rows: Synthetic, structure: SegmentConfig, folder: Path, made_from: str) -> float:
     """Builds the index in `folder`; seconds taken."""
     start = time.perf_counter()
-    source = Source([rows], inputs={"embedding": sha256_file(config.embedding)})
+    source = Source([rows], inputs={"embedding": made_from})
     Index.create(folder, source, structure, ranker="none", command="python -m benchmark.index_scale").snapshot()
     return time.perf_counter() - start
 
 
 def measure(folder: Path, work: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Calibrates the index in `folder` and measures it; runs in a process that did not build it."""
+    """Calibrates the index in `folder` to each goal and measures it; runs in a process that did not build it."""
     held = load_npz(work, ("queries", "truth"))
     queries, truth = held["queries"], held["truth"]
+    few = len(queries) // CALIBRATED_ON
     before = memory()
     index = Index(folder, verify=False)
     k = min(config["k"], len(index))
+    goals = [measure_goal(index, queries, truth, few, k, wanted, config["clients"]) for wanted in config["goals"]]
+    used = memory()
+    return {
+        "goals": goals,
+        "ram_bytes": {name: used[name] - before.get(name, 0) for name in used},
+        "disk_bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+    }
+
+
+def measure_goal(
+    index: Index, queries: np.ndarray, truth: np.ndarray, few: int, k: int, wanted: float, clients: int
+) -> dict[str, Any]:
+    """Recall at every depth and latencies, calibrated to recall@k `wanted` on the first `few` queries."""
     try:
-        calibration = calibrate(index, queries[::2], k, config["recall"])
+        calibration = calibrate(index, queries[:few], k, wanted)
     except ValueError as error:
-        calibration = {"failed": str(error)}
-    asked, expected = queries[1::2], truth[1::2]
+        return {"wanted": wanted, "failed": str(error)}
+    asked, expected = queries[few:], truth[few:]
     recalls = {}
     for depth in (depth for depth in DEPTHS if depth <= truth.shape[1]):
         reached = recall(index.search(asked, depth).ids, expected[:, :depth])
@@ -127,26 +157,26 @@ def measure(folder: Path, work: Path, config: dict[str, Any]) -> dict[str, Any]:
             "mean": float(reached.mean()),
             "standard_error": float(reached.std() / len(reached) ** 0.5),
         }
-    one = latencies(index, asked, k, clients=1, threads=os.cpu_count() or 1)
-    many = latencies(index, asked, k, clients=config["clients"], threads=1)
-    used = memory()
-    files = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return {
+        "wanted": wanted,
         "calibration": calibration,
         "recall": recalls,
-        "latency_one_client": one,
-        "latency_many_clients": many,
-        "ram_bytes": {name: used[name] - before.get(name, 0) for name in used},
-        "disk_bytes": files,
+        "latency_one_client": latencies(index, asked, k, clients=1, threads=os.cpu_count() or 1),
+        "latency_many_clients": latencies(index, asked, k, clients=clients, threads=1),
     }
 
 
 def latencies(index: Index, queries: np.ndarray, k: int, *, clients: int, threads: int) -> dict[str, float]:
-    """Milliseconds of single queries with so many clients at once, each on so many threads, after one warm round."""
+    """Milliseconds of single queries with so many clients at once, each on so many threads, after a few warm ones.
+
+    As many of the queries as are answered within `BUDGET` seconds, at least `LEAST`.
+    """
     taken: list[float] = []
     lock = threading.Lock()
 
     def ask(row: int) -> None:
+        if len(taken) >= LEAST and time.perf_counter() - began > BUDGET:
+            return
         start = time.perf_counter()
         index.search(queries[row : row + 1], k)
         seconds = time.perf_counter() - start
@@ -154,13 +184,20 @@ def latencies(index: Index, queries: np.ndarray, k: int, *, clients: int, thread
             taken.append(1000 * seconds)
 
     with ThreadPoolExecutor(clients, initializer=set_threads, initargs=(threads,)) as pool:
-        list(pool.map(ask, range(len(queries))))
+        began = time.perf_counter()
+        list(pool.map(ask, range(min(LEAST, len(queries)))))
         taken.clear()
-        start = time.perf_counter()
+        began = time.perf_counter()
         list(pool.map(ask, range(len(queries))))
-        rate = len(queries) / (time.perf_counter() - start)
+        rate = len(taken) / (time.perf_counter() - began)
     median, late = np.percentile(taken, [50, 99])
-    return {"clients": clients, "median_ms": float(median), "p99_ms": float(late), "queries_per_second": rate}
+    return {
+        "clients": clients,
+        "queries": len(taken),
+        "median_ms": float(median),
+        "p99_ms": float(late),
+        "queries_per_second": rate,
+    }
 
 
 def memory() -> dict[str, int]:
@@ -170,7 +207,7 @@ def memory() -> dict[str, int]:
     return {name: int(value.split()[0]) * 1024 for name, value in found.items()}
 
 
-def run_piece(config: ScaleConfig, rows: Synthetic, factory: str, truth: Path) -> dict[str, Any]:
+def run_piece(config: ScaleConfig, rows: Synthetic, factory: str, truth: Path, made_from: str) -> dict[str, Any]:
     """Builds, measures in a fresh process, and deletes one index."""
     size, dim = rows.shape
     folder = config.work / "index"
@@ -179,59 +216,92 @@ def run_piece(config: ScaleConfig, rows: Synthetic, factory: str, truth: Path) -
     structure = structure_for(config, factory, size, dim)
     piece = {"size": size, "dim": dim, "factory": structure.factory, "structure": asdict(structure)}
     try:
-        piece["build_seconds"] = build_piece(config, rows, structure, folder)
+        piece["build_seconds"] = build_piece(rows, structure, folder, made_from)
     except ValueError as error:
         return {**piece, "failed": str(error)}
-    options = json.dumps({"k": config.k, "recall": config.recall, "clients": config.clients})
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmark.index_scale", "--measure", str(folder), str(truth), options],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        check=True,
-    )
+    options = json.dumps({"k": config.k, "goals": config.goals, "clients": config.clients})
+    command = [sys.executable, "-m", "benchmark.index_scale", "--measure", str(folder), str(truth), options]
+    with limited(config.limit_gb) as group:
+        done = subprocess.run([*group.prefix, *command], cwd=ROOT, stdout=subprocess.PIPE, check=True)
+        peak = group.peak()
     shutil.rmtree(folder)
-    return {**piece, **json.loads(done.stdout)}
+    return {**piece, **json.loads(done.stdout), "limit_gb": config.limit_gb, "peak_bytes": peak}
+
+
+def load_embedding(config: ScaleConfig) -> tuple[np.ndarray, np.ndarray, dict[str, str]]:
+    """(training images [N, D], queries [Q, D], hashes of what they were made from)."""
+    images, queries = (load_npy(path, (None, None), finite=True) for path in (config.features, config.queries))
+    inputs = {"features": sha256_file(config.features), "queries": sha256_file(config.queries)}
+    if not config.tuned:
+        return images, queries, inputs
+    ranker = load_ranker(config.checkpoint, in_dim=images.shape[1])
+    inputs |= {"ranker": sha256_file(config.checkpoint)}
+    return ranker.embed(images).numpy(), ranker.embed_queries(queries).numpy(), inputs
 
 
 def run(config: ScaleConfig) -> dict[str, Any]:
     """All pieces, those on disk reused; the report."""
-    key: dict[str, Any] = {"embedding": sha256_file(config.embedding), "queries": sha256_file(config.queries)}
-    key |= {"counts": [config.query_count, config.k, config.clients], "recall": config.recall}
-    embedding, asked = (load_npy(path, (None, None), finite=True) for path in (config.embedding, config.queries))
+    embedding, asked, inputs = load_embedding(config)
+    key: dict[str, Any] = {**inputs, "counts": [config.query_count, config.k, config.clients]}
+    key |= {"goals": list(config.goals), "limit_gb": config.limit_gb}
+    # one name for all that the vectors depend on
+    made_from = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+    count = config.query_count + config.query_count // (CALIBRATED_ON - 1)
     pieces = []
     for dim in config.dims:
         statistics = Statistics.of(embedding, asked, dim)
         for size in config.sizes:
             rows = Synthetic(statistics, size)
-            truth = config.work / f"truth_{size}x{dim}_{key['embedding'][:8]}_{config.query_count}.npz"
+            truth = config.work / f"truth_{size}x{dim}_{made_from[:8]}_{count}.npz"
             if not truth.is_file():
-                queries = rows.queries(config.query_count)
+                queries = rows.queries(count)
                 save_npz(truth, queries=queries, truth=exact_neighbours(rows, queries, min(max(DEPTHS), size)))
             for factory in config.factories:
-                name = f"{size}x{dim}_{factory}".translate(str.maketrans("{},", "___"))
-                path = config.work / f"{name}.json"
-                held = json.loads(path.read_text()) if path.is_file() else {}
-                settings = {**key, "structure": asdict(structure_for(config, factory, size, dim))}
-                if held.get("key") != settings:
-                    held = {"key": settings, "piece": run_piece(config, rows, factory, truth)}
-                    save_json(path, held)
-                pieces.append(held["piece"])
-                print(summary(held["piece"]), flush=True)
-    return {"config": asdict(config), "inputs": key, "pieces": pieces, "environment": environment()}
+                structure = structure_for(config, factory, size, dim)
+                settings = {**key, "structure": asdict(structure)}
+                digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+                path = config.work / f"{size}x{dim}_{digest[:12]}.json"
+                if not path.is_file():
+                    found = run_piece(config, rows, factory, truth, made_from)
+                    save_json(path, {"key": settings, "piece": found})
+                pieces.append(json.loads(path.read_text())["piece"])
+                print(summary(pieces[-1]), flush=True)
+    return {"config": asdict(config), "inputs": inputs, "pieces": pieces, "environment": environment()}
+
+
+def joined(report: dict[str, Any], output: Path) -> dict[str, Any]:
+    """The report with the pieces of an earlier one of the same vectors that it lacks."""
+    if not output.is_file():
+        return report
+    earlier = json.loads(output.read_text())
+    if earlier["inputs"] != report["inputs"]:
+        return report
+
+    def name(piece: dict[str, Any]) -> str:
+        return json.dumps([piece["size"], piece["dim"], piece["structure"], piece.get("limit_gb", 0.0)])
+
+    found = {name(piece): piece for piece in (*earlier["pieces"], *report["pieces"])}
+    return report | {"pieces": sorted(found.values(), key=lambda piece: (-piece["dim"], piece["size"]))}
 
 
 def summary(piece: dict[str, Any]) -> str:
-    """One line."""
+    """One line for each goal."""
     head = f"{piece['size']:>11,} x {piece['dim']:<5} {piece['factory']:<28}"
     if "failed" in piece:
         return f"{head} {piece['failed']}"
-    recalls = " ".join(f"@{k} {value['mean']:.3f}" for k, value in piece["recall"].items())
-    one, many, memory_used = piece["latency_one_client"], piece["latency_many_clients"], piece["ram_bytes"]["RssAnon"]
-    return (
-        f"{head} recall {recalls}  {one['median_ms']:.2f} ms (p99 {one['p99_ms']:.2f}), {many['clients']} clients "
-        f"{many['median_ms']:.2f} ms (p99 {many['p99_ms']:.2f})  RAM {memory_used / 1e6:,.0f} MB  "
-        f"disk {piece['disk_bytes'] / 1e6:,.0f} MB"
-    )
+    lines = []
+    for goal in piece["goals"]:
+        line = f"{head} {goal['wanted']:g}: "
+        if "failed" in goal:
+            lines.append(line + goal["failed"])
+            continue
+        recalls = " ".join(f"@{k} {value['mean']:.3f}" for k, value in goal["recall"].items())
+        one, many = goal["latency_one_client"], goal["latency_many_clients"]
+        line += f"recall {recalls}  {one['median_ms']:.2f} ms (p99 {one['p99_ms']:.2f}), {many['clients']} clients "
+        line += f"{many['median_ms']:.2f} ms (p99 {many['p99_ms']:.2f})  "
+        ram = piece["ram_bytes"]["RssAnon"] if piece["peak_bytes"] is None else piece["peak_bytes"]
+        lines.append(line + f"RAM {ram / 1e6:,.0f} MB  disk {piece['disk_bytes'] / 1e6:,.0f} MB")
+    return "\n".join(lines)
 
 
 @command_line
@@ -247,7 +317,7 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(measure(Path(folder), Path(truth), json.loads(options))))
         return
     config = from_flags(ScaleConfig, args)
-    save_json(config.output, run(config))
+    save_json(config.output, joined(run(config), config.output))
     print(f"wrote {config.output}")
 
 

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from benchmark import index_scale
 from benchmark.index_scale import main
+from benchmark.memory_limit import limited
 from benchmark.synthetic import Statistics, Synthetic, exact_neighbours
 from fastgda.core import save_npy
 from fastgda.dataset import normalise
 from fastgda.index import FlatIndex
+from fastgda.ranker import Ranker, RankerConfig, save_ranker
 
 
 @pytest.fixture
@@ -50,26 +55,57 @@ def test_synthetic_rows_are_like_the_embedding(
 def test_a_cut_off_run_goes_on(
     tmp_path: Path, embedding: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = ["--embedding", str(tmp_path / "rows.npy"), "--queries", str(tmp_path / "asked.npy"), "--sizes", "400"]
+    save_ranker(tmp_path / "ranker.pth", Ranker(RankerConfig(in_dim=24, hidden_sizes=(32,), out_feat_dim=20)))
+    run = ["--features", str(tmp_path / "rows.npy"), "--queries", str(tmp_path / "asked.npy"), "--sizes", "400"]
     run += ["--dims", "16", "--query_count", "24", "--k", "10", "--clients", "2", "--work", str(tmp_path / "work")]
-    run += ["--output", str(tmp_path / "out.json"), "--factories", "Flat", "IVF{lists},SQ8"]
+    run += ["--output", str(tmp_path / "out.json"), "--checkpoint", str(tmp_path / "ranker.pth")]
+    factories = ["--factories", "Flat", "IVF{lists},SQ8"]
     run_piece, done = index_scale.run_piece, list[str]()
 
-    def once(config: index_scale.ScaleConfig, rows: Synthetic, factory: str, truth: Path) -> dict:
+    def once(config: index_scale.ScaleConfig, rows: Synthetic, factory: str, *rest: Any) -> dict:
         if done:
             raise KeyboardInterrupt
         done.append(factory)
-        return run_piece(config, rows, factory, truth)
+        return run_piece(config, rows, factory, *rest)
 
     monkeypatch.setattr(index_scale, "run_piece", once)
-    assert main(run) == 130
+    assert main([*run, *factories]) == 130
     done.clear()
-    assert main(run) == 0
+    assert main([*run, *factories]) == 0
     assert done == ["IVF{lists},SQ8"], "the first piece is not made again"
     report = json.loads((tmp_path / "out.json").read_text())
     assert [piece["factory"] for piece in report["pieces"]] == ["Flat", "IVF64,SQ8"]
-    flat = report["pieces"][0]
-    assert flat["recall"] == {k: {"mean": 1.0, "standard_error": 0.0} for k in ("10", "100")}
-    assert report["pieces"][1]["recall"]["10"]["mean"] > 0.5
+    flat, lists = report["pieces"]
+    for goal, wanted in zip(flat["goals"], (0.95, 0.99), strict=True):
+        assert goal["wanted"] == wanted
+        assert goal["recall"] == {k: {"mean": 1.0, "standard_error": 0.0} for k in ("10", "100")}
+        assert goal["latency_one_client"]["queries"] == 24
+    breadths = [goal["calibration"]["nprobe"] for goal in lists["goals"]]
+    assert breadths == sorted(breadths) and lists["goals"][1]["recall"]["10"]["mean"] > 0.8
     assert {"python", "processor", "packages"} <= report["environment"].keys()
     assert not (tmp_path / "work" / "index").exists()
+    done.clear()
+    assert main([*run, "--sizes", "300", "--factories", "Flat"]) == 0
+    sizes = [piece["size"] for piece in json.loads((tmp_path / "out.json").read_text())["pieces"]]
+    assert sizes == [300, 400, 400], "what was measured before stays"
+
+
+def test_memory_of_a_command_is_bounded() -> None:
+    command = [sys.executable, "-c", "x = bytearray(80_000_000); print(len(x))"]
+    try:
+        with limited(0.4) as group:
+            done = subprocess.run([*group.prefix, *command], capture_output=True, text=True)
+            assert done.stdout == "80000000\n" and 80e6 < (group.peak() or 0) < 400e6
+        folder = group.folder
+        with limited(0.03) as group:
+            assert subprocess.run([*group.prefix, *command], capture_output=True).returncode != 0
+    except ValueError as error:
+        pytest.skip(str(error))
+    assert folder is not None and not folder.exists()
+
+
+def test_without_a_limit_nothing_is_changed() -> None:
+    with limited(0) as group:
+        assert group.prefix == [] and group.peak() is None
+    with pytest.raises(ValueError, match="expected at least 0 GB"), limited(-1):
+        pass
