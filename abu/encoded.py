@@ -8,18 +8,57 @@ COCO's are [2·118287, 4, 16, 16] and [118287, 5, 77, 1024], 186 GB in float32, 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from abu.amortised import Examples
 from fastgda.core import load_npy
 
 LATENTS, TEXT = "latents.npy", "text_embeddings.npy"
 MADE_BY = "python -m abu.encode_pictures"
+
+
+class TrainingPictures(Protocol):
+    """What a denoiser is trained on."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(c, h, w) of the latents."""
+
+    def __len__(self) -> int: ...
+
+    def drawn(self, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Latents [B, c, h, w] and token states [B, T, d] of the pictures `rows` [B], as a training step sees them."""
+
+
+@dataclass(frozen=True)
+class LoadedPictures:
+    """Pictures of one view and one caption each, in memory."""
+
+    latents: Tensor
+    """[N, c, h, w]."""
+    text: Tensor
+    """[N, T, d]."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(c, h, w)."""
+        return tuple(self.latents.shape[1:])
+
+    def __len__(self) -> int:
+        """N."""
+        return len(self.latents)
+
+    def drawn(self, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """See `TrainingPictures`; nothing is random."""
+        return self.latents[rows], self.text[rows]
 
 
 @dataclass(frozen=True)
@@ -36,8 +75,8 @@ class EncodedPictures:
     @staticmethod
     def open(folder: Path, role: str = "train") -> EncodedPictures:
         """Maps the files of `folder`; `ValueError` naming the one that is missing or whose shape does not fit."""
-        text = load_npy(folder / TEXT, (None,) * 4, mmap=True, made_by=MADE_BY)
-        latents = load_npy(folder / LATENTS, (None,) * 4, mmap=True, made_by=MADE_BY)
+        text = load_npy(folder / TEXT, (None,) * 4, mmap=True, writable=False, made_by=MADE_BY)
+        latents = load_npy(folder / LATENTS, (None,) * 4, mmap=True, writable=False, made_by=MADE_BY)
         if len(latents) not in (len(text), 2 * len(text)) or not len(text):
             raise ValueError(
                 f"{folder / LATENTS}: expected latents of the {len(text)} pictures of {TEXT}, or of each unflipped and "
@@ -48,6 +87,11 @@ class EncodedPictures:
     def __len__(self) -> int:
         """N."""
         return len(self.text)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(c, h, w) of the latents."""
+        return tuple(self.latents.shape[1:])
 
     @property
     def views(self) -> int:
@@ -71,6 +115,21 @@ class EncodedPictures:
                 f"{folder / TEXT}: expected token states of {width} numbers, which the source's denoiser reads, "
                 f"found {self.text.shape[3]}"
             )
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """(latents, token states), still mapped from the files: to be read, never written to."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            return torch.from_numpy(self.latents), torch.from_numpy(self.text)
+
+    def drawn(self, rows: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """See `TrainingPictures`: a view and a caption at random for each of them, whichever pictures they are."""
+        views, captions = (
+            torch.randint(count, rows.shape, generator=generator).numpy() for count in (self.views, self.captions)
+        )
+        places = rows.numpy()
+        latents, text = self.latents[places + views * len(self)], self.text[places, captions]
+        return torch.from_numpy(latents), torch.from_numpy(text)
 
     def examples(self, ids: Sequence[int], device: torch.device, *, view: int = 0, caption: int = 0) -> Examples:
         """Pictures of one view with one of their captions, in float32. Each view and caption has noise of its own."""

@@ -235,8 +235,7 @@ def fit_encoded(source: str, trainset: Path, config: CurvatureConfig, path: Path
     encoded = EncodedPictures.open(trainset)
     model = open_source(source, best_device())
     encoded.require_fit(trainset, *denoiser_inputs(model.denoiser))
-    arrays = torch.from_numpy(encoded.latents), torch.from_numpy(encoded.text)
-    curvature = fit_curvature(model.denoiser, model.schedule, *arrays, config)
+    curvature = fit_curvature(model.denoiser, model.schedule, *encoded.tensors(), config)
     files = save_curvature(path, curvature)
     inputs = source_hashes(source) | {"latents": sha256_file(trainset / LATENTS)}
     write_manifest(path, config, command="python -m abu.fisher fit", inputs=inputs, files=files)

@@ -143,7 +143,7 @@ def open_images(folder: Path, made_by: str) -> TrainingImages:
 
     Flipped latents follow the others in the same file, as in the released one, or stand in `latents_flipped.npy`.
     """
-    text = load_npy(folder / "text_embeddings.npy", (None,) * 4, mmap=True, made_by=made_by)
+    text = load_npy(folder / "text_embeddings.npy", (None,) * 4, mmap=True, writable=False, made_by=made_by)
     path = require_file(folder / "latents.npy", made_by)
     latents, count = load_npy(path, (None,) * 4, finite=True, mmap=True), len(text)
     if len(latents) == 2 * count:

@@ -114,17 +114,19 @@ def load_npy(
     *,
     finite: bool = False,
     mmap: bool = False,
+    writable: bool = True,
     made_by: str = "",
 ) -> np.ndarray:
     """Reads a `.npy` file without unpickling anything.
 
     `shape` may hold `None` for a free axis. `finite` refuses NaN and infinity. `mmap` maps the file instead of reading
-    it; what is written to the array stays in memory. Raises `ValueError` naming the file, what was expected and what
+    it; what is written to the array stays in memory, which Linux therefore wants to have for all of it: a file larger
+    than memory is mapped with `writable=False` only. Raises `ValueError` naming the file, what was expected and what
     was found.
     """
     path = require_file(path, made_by)
     try:
-        array = np.load(path, mmap_mode="c" if mmap else None, allow_pickle=False)
+        array = np.load(path, mmap_mode=("c" if writable else "r") if mmap else None, allow_pickle=False)
     except (ValueError, OSError, EOFError, tokenize.TokenError) as error:
         raise ValueError(f"{path}: expected a whole .npy array, found a damaged file ({error})") from error
     if not isinstance(array, np.ndarray):
