@@ -8,9 +8,10 @@ rest. Latents are standardised per channel with the mean and deviation over the 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from fastgda.core import atomic_path, require_file, save_json
 
 SCALED_LINEAR: dict[str, Any] = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 """Stable Diffusion's noise levels."""
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -112,10 +114,15 @@ def build_denoiser(config: DiffusionConfig) -> UNet2DConditionModel:
 
 
 def initial_denoiser(config: DiffusionConfig, seed: int) -> UNet2DConditionModel:
-    """The untrained noise predictor of a seed; torch's global generator is put back afterwards."""
+    """The untrained noise predictor of a seed."""
+    return seeded(lambda: build_denoiser(config), seed)
+
+
+def seeded(build: Callable[[], Model], seed: int) -> Model:
+    """What `build` makes from a seed; torch's global generator is put back afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return build_denoiser(config)
+        return build()
 
 
 def noise_schedule(config: DiffusionConfig) -> NoiseSchedule:

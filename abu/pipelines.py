@@ -233,6 +233,13 @@ class PipelineEncoder:
         return (drawn - shift) * vae.config["scaling_factor"]
 
     @torch.inference_mode()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels [B, 3, P, P] in [-1, 1] of `latents` [B, c, h, w], the other way round."""
+        vae = self.pipeline.vae
+        raw = latents.to(self.device, torch.float32) / vae.config["scaling_factor"]
+        return vae.decode(raw + (vae.config.get("shift_factor") or 0.0)).sample.clamp(-1, 1)
+
+    @torch.inference_mode()
     def text(self, captions: Sequence[str], pixels: int) -> Tensor:
         """Packed text [B, T, d] (see `abu.conditioning`) of captions, for pictures of `pixels`; padding that the
         pipeline masks is zero."""

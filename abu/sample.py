@@ -24,14 +24,14 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from abu.models import SourceModel, sampling_schedule
-from abu.testbed import SPLITS, add_testbed_flags, testbed_from
+from abu.models import SourceModel
+from abu.sampler import Sampler
+from abu.testbed import GUIDANCE, SPLITS, add_testbed_flags, testbed_from
 from fastgda.core import (
     atomic_path,
     best_device,
     command_line,
     command_parser,
-    keyed_generator,
     manifest_difference,
     save_npy,
     sha256_file,
@@ -63,7 +63,7 @@ class SampleConfig:
     """How queries are drawn and sampled."""
 
     steps: int = 50
-    guidance: float = 3.0
+    guidance: float = GUIDANCE
     """Weight w of ε_∅ + w (ε_c − ε_∅); the empty caption is all-zero token states."""
     min_sets: int = 3
     """A concept must be drawn in this many sets to become a query."""
@@ -127,21 +127,10 @@ def choose_queries(
     return queries
 
 
-@torch.inference_mode()
 def sample_latents(model: SourceModel, text: Tensor, seeds: list[int], config: SampleConfig) -> Tensor:
     """Standardised latents [B, c, h, w] for token states [B, T, d]; each image's noise depends on its seed only."""
-    shape = (model.config.latent_channels, model.config.sample_size, model.config.sample_size)
-    noise = [torch.randn(shape, generator=keyed_generator("query", seed)) for seed in seeds]
-    latents = torch.stack(noise).to(model.device)
-    text = text.to(model.device)
-    both = torch.cat([torch.zeros_like(text), text])
-    schedule = sampling_schedule(model.config)
-    schedule.set_timesteps(config.steps)
-    for timestep in schedule.timesteps:
-        empty, conditional = model.denoiser(latents.repeat(2, 1, 1, 1), timestep, both).sample.chunk(2)
-        guided = empty + config.guidance * (conditional - empty)
-        latents = schedule.step(guided, timestep, latents).prev_sample
-    return latents
+    sampler = Sampler.of(model, config.guidance)
+    return sampler.latents(model.denoiser, text.to(model.device), seeds, config.steps)
 
 
 def to_images(model: SourceModel, latents: Tensor) -> list[Image.Image]:

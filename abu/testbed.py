@@ -3,24 +3,41 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from abu.amortised import Examples
 from abu.curvature import EKFAC
-from abu.models import AutoencoderConfig, DiffusionConfig, SourceModel, load_source
+from abu.diffusion_loss import NoiseSchedule
+from abu.encoded import LoadedPictures
+from abu.models import (
+    AutoencoderConfig,
+    DiffusionConfig,
+    SourceModel,
+    initial_denoiser,
+    load_source,
+    noise_schedule,
+)
+from abu.sampler import Sampler
 from abu.training import LoopConfig
 from fastgda.core import ROOT, load_npy, manifest_path, read_manifest, require_file, sha256_file
 from feature_extraction.minilm import MiniLM
 from feature_extraction.readers import read_split, split_path
 
 SPLITS = ("train", "val", "test")
+JUDGED = ("val", "test")
+"""Splits whose queries every retrained model is measured on."""
+CAPTION_DROPOUT = 0.1
+"""Share of the captions that training leaves out, so that sampling can be guided."""
+GUIDANCE = 3.0
+"""Weight of classifier-free guidance that queries are sampled with."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +103,65 @@ class Testbed:
         """The trained source model."""
         return load_source(self.source, device)
 
+    @property
+    def layout(self) -> str:
+        """How features and rankings lie under `data` (`fastgda.dataset.layout`)."""
+        return "emoji"
+
+    @property
+    def judged(self) -> tuple[str, ...]:
+        """Splits whose queries retrained models are measured on."""
+        return JUDGED
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What a model of one seed is trained with."""
+        return {"diffusion": asdict(self.diffusion), "loop": asdict(self.diffusion_loop)}
+
+    @property
+    def caption_dropout(self) -> float:
+        """Share of the captions that training leaves out."""
+        return CAPTION_DROPOUT
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """Noise levels and target of the denoiser's loss."""
+        return noise_schedule(self.diffusion)
+
+    def training_files(self) -> dict[str, Path]:
+        """Name -> file of all that a retrained model and its losses depend on, but for the recipe."""
+        # captions by their file: token states differ by rounding from one processor to the next
+        files = {"latents": self.data / "trainset/latents.npy", "captions": self.parquet}
+        files |= {f"query_{split}": self.data / f"query_{split}/latents.npy" for split in self.judged}
+        made_by = f"python -m abu.encode --mode {self.name}, python -m abu.sample --mode {self.name}"
+        return {name: require_file(path, made_by) for name, path in files.items()}
+
+    def score_files(self, split: str) -> dict[str, Path]:
+        """Name -> file of what scores of a split's queries are made from."""
+        files = {
+            "training": self.data / "trainset/latents.npy",
+            "queries": self.data / f"query_{split}/latents.npy",
+            "model": self.source / "denoiser.safetensors",
+        }
+        return {name: require_file(path) for name, path in files.items()}
+
+    def initial_denoiser(self, seed: int) -> nn.Module:
+        """The untrained denoiser of a seed."""
+        return initial_denoiser(self.diffusion, seed)
+
+    def load_denoiser(self, device: torch.device) -> nn.Module:
+        """The source model's denoiser."""
+        return self.load_source(device).denoiser
+
+    def sampler(self, device: torch.device) -> Sampler:
+        """How the queries were sampled."""
+        return Sampler.of(self.load_source(device), GUIDANCE)
+
+    def training_pictures(self) -> LoadedPictures:
+        """All training images with their first captions."""
+        latents, text = self.load_arrays()
+        return LoadedPictures(torch.from_numpy(latents), torch.from_numpy(text)[:, 0])
+
     def load_images(self) -> Tensor:
         """Training images [N, 3, P, P], uint8."""
         table = read_split(self.data, "data")
@@ -116,6 +192,18 @@ class Testbed:
         """Prompts of one split's queries."""
         table = read_split(self.data, f"{split}_query")
         return [table.caption(row) for row in range(len(table))]
+
+    def query_concepts(self, split: str) -> list[str]:
+        """Concepts of one split's queries: those of one concept are not independent."""
+        return read_split(self.data, f"{split}_query").concepts
+
+    def query_sets(self, split: str) -> list[str]:
+        """Creators that the prompts of one split's queries name."""
+        return read_split(self.data, f"{split}_query").sets
+
+    def training_sets(self) -> list[str]:
+        """Creators of the training images."""
+        return read_split(self.data, "data").sets
 
     def query_seeds(self, split: str) -> list[int]:
         """Seeds that the queries of one split were sampled with."""
@@ -158,9 +246,10 @@ TESTBEDS = {
 """`emoji` for the demo and the main results, `emoji-mini` for retraining experiments."""
 
 
-def add_testbed_flags(parser: argparse.ArgumentParser) -> None:
-    """`--mode` and `--root`, which every command of the teacher takes."""
-    parser.add_argument("--mode", choices=sorted(TESTBEDS), default="emoji", help="which testbed (default: emoji)")
+def add_testbed_flags(parser: argparse.ArgumentParser, *others: str) -> None:
+    """`--mode`, a testbed or one of `others`, and `--root`, which every command of the teacher takes."""
+    modes = (*sorted(TESTBEDS), *others)
+    parser.add_argument("--mode", choices=modes, default="emoji", help="which testbed (default: %(default)s)")
     parser.add_argument("--root", type=Path, help="folder with data/, weights/ and runs/ (default: the repository)")
 
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from abu.diffusion_loss import NoiseSchedule, example_losses
+from abu.encoded import TrainingPictures
 from abu.models import Autoencoder, SourceModel, initial_denoiser, load_module, noise_schedule, save_source
-from abu.testbed import add_testbed_flags, testbed_from
+from abu.testbed import CAPTION_DROPOUT, add_testbed_flags, testbed_from
 from abu.training import StepLoss, save_history, train
 from fastgda.core import (
     best_device,
@@ -27,8 +28,6 @@ from fastgda.core import (
     sha256_file,
     write_manifest,
 )
-
-CAPTION_DROPOUT = 0.1
 
 
 @dataclass(frozen=True)
@@ -43,14 +42,16 @@ class StepDraws:
     """[B], whether an example keeps its caption."""
 
 
-def step_draws(shape: tuple[int, ...], timesteps: int, generator: torch.Generator) -> StepDraws:
-    """The draws of a step for latents of `shape` [B, c, h, w], on the CPU."""
+def step_draws(
+    shape: tuple[int, ...], timesteps: int, generator: torch.Generator, dropout: float = CAPTION_DROPOUT
+) -> StepDraws:
+    """The draws of a step for latents of `shape` [B, c, h, w], on the CPU; `dropout` is the share without captions."""
     # Stratified over the batch: an unbiased draw of t with less variance than independent ones.
     offsets = (torch.arange(shape[0]) + torch.rand(shape[0], generator=generator)) / shape[0]
     return StepDraws(
         (offsets * timesteps).long().clamp(max=timesteps - 1),
         torch.randn(shape, generator=generator),
-        torch.rand(shape[0], generator=generator) >= CAPTION_DROPOUT,
+        torch.rand(shape[0], generator=generator) >= dropout,
     )
 
 
@@ -70,20 +71,25 @@ def refilled(rows: Tensor, kept: Tensor, images: int, generator: torch.Generator
 
 
 def diffusion_loss(
-    latents: Tensor, text: Tensor, schedule: NoiseSchedule, device: torch.device, kept: Tensor | None = None
+    pictures: TrainingPictures,
+    schedule: NoiseSchedule,
+    device: torch.device,
+    kept: Tensor | None = None,
+    dropout: float = CAPTION_DROPOUT,
 ) -> StepLoss:
-    """The loss of a step, for `latents` [N, c, h, w], token states `text` [N, T, d] and the noise schedule.
+    """The loss of a step on `pictures`, a share `dropout` of them without captions.
 
     With ids `kept`, the model sees these images only. Whatever is removed, all else in a step stays the same, so that
     two models of one seed differ by what they saw and not by their order and noise.
     """
 
     def loss(model: nn.Module, rows: Tensor, generator: torch.Generator) -> Tensor:
-        draws = step_draws((len(rows), *latents.shape[1:]), len(schedule), generator)
+        draws = step_draws((len(rows), *pictures.shape), len(schedule), generator, dropout)
         if kept is not None:
-            rows = refilled(rows, kept, len(latents), generator)
+            rows = refilled(rows, kept, len(pictures), generator)
         placed = StepDraws(draws.timesteps.to(device), draws.noise.to(device), draws.captioned.to(device))
-        return step_loss(model, schedule, latents[rows].to(device), text[rows].to(device), placed)
+        latents, text = pictures.drawn(rows, generator)
+        return step_loss(model, schedule, latents.to(device), text.to(device), placed)
 
     return loss
 
@@ -98,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     testbed = testbed_from(args)
     loop = replace(testbed.diffusion_loop, steps=args.steps or testbed.diffusion_loop.steps, compile=args.compile)
-    latents, text = testbed.load_arrays()
+    pictures = testbed.training_pictures()
     config = {"diffusion": asdict(testbed.diffusion), "loop": asdict(loop)}
     weights = require_file(testbed.source / "autoencoder.safetensors")
     inputs = {"trainset": sha256_file(testbed.parquet), "autoencoder": sha256_file(weights)}
@@ -109,8 +115,8 @@ def main(argv: list[str] | None = None) -> None:
     device = best_device()
     model = initial_denoiser(testbed.diffusion, loop.seed)
     schedule = noise_schedule(testbed.diffusion)
-    loss = diffusion_loss(torch.from_numpy(latents), torch.from_numpy(text)[:, 0], schedule, device)
-    history = train(model, loss, len(latents), loop, testbed.runs / "diffusion", device=device)
+    loss = diffusion_loss(pictures, schedule, device)
+    history = train(model, loss, len(pictures), loop, testbed.runs / "diffusion", device=device)
     autoencoder = Autoencoder(testbed.autoencoder)
     load_module(autoencoder, weights)
     save_source(SourceModel(model, autoencoder, testbed.diffusion, testbed.autoencoder), testbed.source)

@@ -15,7 +15,8 @@ import numpy as np
 from abu.testbed import TESTBEDS, Testbed, add_testbed_flags, testbed_from
 from benchmark.drawing import Figure, plt, save_figure
 from benchmark.image_rows import draw_rows
-from benchmark.losses import JUDGED_MODE, folder_of
+from benchmark.losses import folder_of
+from benchmark.retrainable import JUDGED_MODE
 from benchmark.scores import score_path
 from benchmark.table1 import read_reports, throughput_figures
 from fastgda.core import command_line, command_parser, require_file

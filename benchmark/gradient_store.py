@@ -26,10 +26,9 @@ from abu.models import SourceModel, sampling_schedule
 from abu.plan import Collection, Piece, cut
 from abu.sample import SampleConfig
 from abu.stages import examples_of
-from abu.testbed import Testbed
+from abu.testbed import JUDGED, Testbed
 from benchmark.projected import FeatureConfig, ProjectedGradients
 from benchmark.retrain import load_reference, reference_file
-from benchmark.retrainer import JUDGED
 from fastgda.core import best_device, keyed_generator, load_npz, manifest_difference, require_file, sha256_file
 
 PIECE = 64

@@ -23,9 +23,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 from scipy.stats import rankdata
 
-from abu.testbed import Testbed, testbed_from
 from benchmark.losses import Losses, open_losses
-from benchmark.retrain import add_judge_flags, again, random_halves
+from benchmark.retrain import again, random_halves
+from benchmark.retrainable import Retrainable, add_retrainable_flags, require_judged, retrainable_from
 from benchmark.retrainer import Retraining
 from fastgda.core import ROOT, command_line, command_parser, environment, save_json
 from fastgda.metrics import bootstrap_interval, standard_error
@@ -98,7 +98,7 @@ def sharpened(scores: np.ndarray) -> np.ndarray:
 class Judge:
     """The models trained on halves, as judges of the queries of one split."""
 
-    testbed: Testbed
+    testbed: Retrainable
     split: str = "test"
     models: int = 64
     wanted: Truth | None = None
@@ -192,13 +192,14 @@ def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
     parser = command_parser("python -m benchmark.lds", __doc__)
     parser.add_argument("scores", type=Path, nargs="+", help="arrays [Q, N] of a method, higher = more influential")
-    add_judge_flags(parser)
+    add_retrainable_flags(parser)
     parser.add_argument("--split", choices=("val", "test"), default="test", help="which queries (default: test)")
     parser.add_argument("--models", type=int, default=64, help="models trained on halves (default: 64)")
     add_truth_flag(parser)
     parser.add_argument("--output", type=Path, help="default: results/lds/lds[_<split>].json")
     args = parser.parse_args(argv)
-    testbed = testbed_from(args)
+    testbed = retrainable_from(args)
+    require_judged(testbed, args.split)
     judge, rows = Judge(testbed, args.split, args.models, args.truth), []
     for path in args.scores:
         scores = judge.stored.scores(path, args.split)

@@ -22,11 +22,9 @@ from typing import Any
 import numpy as np
 
 from abu.plan import Collection
-from abu.testbed import Testbed, testbed_from
 from benchmark.lds import Judge, lds_line
 from benchmark.losses import collection_of
 from benchmark.removal import (
-    EFFECTS,
     Effects,
     RemovalConfig,
     add_removal_flags,
@@ -37,14 +35,14 @@ from benchmark.removal import (
     removed_by,
     summarise,
 )
-from benchmark.retrain import add_judge_flags, add_training_flags, train_models
+from benchmark.retrain import add_training_flags, train_models
+from benchmark.retrainable import Retrainable, add_retrainable_flags, retrainable_from
 from benchmark.retrainer import RetrainConfig, Retraining
 from benchmark.scores import load_scores
 from fastgda.core import ROOT, command_line, command_parser, environment, load_npz, save_json, sha256_file
 from fastgda.dataset import default_levels, layout
 from fastgda.metrics import bootstrap_interval, score_retrieval, standard_error
 from fastgda.rankings import load_rankings
-from feature_extraction.readers import read_split
 
 BOARD = "results/leaderboard"
 
@@ -87,28 +85,28 @@ def nearest_effects(
         for query in queries:
             jobs, share = stored.nearest(removed_by(scores, query, count))
             each = [effects.of(job, query) for job in jobs]
-            found.append([np.mean([effect[key] for effect in each]) for key in EFFECTS])
+            found.append([np.mean([effect[key] for effect in each]) for key in effects.names])
             shares.append(share)
         values = np.array(found)
         row: dict[str, Any] = {"K": count, "queries": queries, "shared": float(np.mean(shares))}
-        for column, key in zip(values.T, EFFECTS, strict=True):
+        for column, key in zip(values.T, effects.names, strict=True):
             error = float(standard_error(column[:, None])[0])
             row[key] = {"mean": float(column.mean()), "standard_error": error, "per_query": column.tolist()}
         rows.append(row)
     return rows
 
 
-def retrieval(testbed: Testbed, scores: np.ndarray) -> dict[str, Any] | None:
+def retrieval(testbed: Retrainable, scores: np.ndarray) -> dict[str, Any] | None:
     """mAP(L) against the teacher's rankings of the test queries; `None` where there are none."""
-    path = layout("emoji", "", testbed.data).ranking("test")
+    path = layout(testbed.layout, "", testbed.data).ranking("test")
     if not path.is_file():
         return None
     truth = load_rankings(path, scores.shape[1])
     if truth.queries != len(scores):
         raise ValueError(f"{path}: expected rankings of {len(scores)} test queries, found {truth.queries}")
-    levels = default_levels("emoji", scores.shape[1])
+    levels = default_levels(testbed.layout, scores.shape[1])
     found = score_retrieval(scores, truth, levels)
-    concepts = read_split(testbed.data, "test_query").concepts
+    concepts = testbed.query_concepts("test")
     keys = list(map(str, levels))
     return {
         "mAP": dict(zip(keys, found.precision.mean(0).tolist(), strict=True)),
@@ -116,7 +114,7 @@ def retrieval(testbed: Testbed, scores: np.ndarray) -> dict[str, Any] | None:
     }
 
 
-def judge_file(path: Path, testbed: Testbed, args: argparse.Namespace) -> dict[str, Any]:
+def judge_file(path: Path, testbed: Retrainable, args: argparse.Namespace) -> dict[str, Any]:
     """All that the stored models say of a score file, or new ones with `args.retrain`."""
     scores, config = load_scores(path, testbed, "test"), removal_config(args)
     collection, queries = collection_of(testbed, RetrainConfig()), judged_queries(testbed, config.queries)
@@ -148,14 +146,14 @@ def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
     parser = command_parser("python -m benchmark.leaderboard", __doc__)
     parser.add_argument("scores", type=Path, nargs="*", help="score files [Q, N]; none: print the board")
-    add_judge_flags(parser)
+    add_retrainable_flags(parser)
     parser.add_argument("--models", type=int, default=64, help="models trained on halves (default: 64)")
     parser.add_argument("--retrain", action="store_true", help="train what leave-K-out wants, not the nearest stored")
     add_removal_flags(parser)
     parser.add_argument("--board", type=Path, default=ROOT / BOARD, help="folder of the results")
     add_training_flags(parser)
     args = parser.parse_args(argv)
-    testbed = testbed_from(args)
+    testbed = retrainable_from(args)
     for path in args.scores:
         save_json(args.board / f"{path.stem}.json", judge_file(path, testbed, args))
     rows = [json.loads(path.read_text()) for path in sorted(args.board.glob("*.json"))]

@@ -20,50 +20,41 @@ from typing import Any, Protocol
 import numpy as np
 
 from abu.plan import Collection
-from abu.testbed import Testbed
-from benchmark.retrainer import JUDGED, RetrainConfig, Retraining
+from benchmark.retrainable import JUDGED_MODE, Retrainable
+from benchmark.retrainer import RetrainConfig, Retraining
 from benchmark.scores import load_scores, read_scores, score_inputs
 from fastgda.core import (
     load_npz,
     manifest_difference,
     read_manifest,
-    require_file,
     save_npz,
     sha256_file,
     write_manifest,
 )
-from feature_extraction.readers import read_split
-
-JUDGED_MODE = "emoji-mini"
-"""The testbed that is small enough to be trained again many times."""
 
 
-def folder_of(testbed: Testbed) -> Path:
+def folder_of(testbed: Retrainable) -> Path:
     """Where the retrained models' results are kept."""
     return testbed.data / "cache/retrain"
 
 
-def export_path(testbed: Testbed) -> Path:
+def export_path(testbed: Retrainable) -> Path:
     """Where their losses are exported to."""
     suffix = "" if testbed.name == JUDGED_MODE else f"_{testbed.name}"
     return testbed.root / f"results/retrain/losses{suffix}.npz"
 
 
-def settings_of(testbed: Testbed, config: RetrainConfig) -> dict[str, Any]:
+def settings_of(testbed: Retrainable, config: RetrainConfig) -> dict[str, Any]:
     """The recipe that models are trained and measured with."""
-    settings = asdict(config) | {"diffusion": asdict(testbed.diffusion), "loop": asdict(testbed.diffusion_loop)}
+    settings = asdict(config) | testbed.recipe
     settings["loop"].pop("seed")
     return settings
 
 
-def collection_of(testbed: Testbed, config: RetrainConfig) -> Collection:
+def collection_of(testbed: Retrainable, config: RetrainConfig) -> Collection:
     """The folder of a testbed's retrained models; `ValueError` if it was made with another recipe or other queries."""
     collection = Collection(folder_of(testbed))
-    # captions by their file: token states differ by rounding from one processor to the next
-    files = {"latents": testbed.data / "trainset/latents.npy", "captions": testbed.parquet}
-    files |= {f"query_{split}": testbed.data / f"query_{split}/latents.npy" for split in JUDGED}
-    made_by = f"python -m abu.encode --mode {testbed.name}, python -m abu.sample --mode {testbed.name}"
-    inputs = {name: sha256_file(require_file(path, made_by)) for name, path in files.items()}
+    inputs = {name: sha256_file(path) for name, path in testbed.training_files().items()}
     collection.claim(settings_of(testbed, config), inputs, command="python -m benchmark.retrain")
     return collection
 
@@ -94,7 +85,7 @@ class Losses(Protocol):
         """A score file for these images and queries (`benchmark.scores.load_scores`)."""
 
 
-def open_losses(testbed: Testbed) -> Losses:
+def open_losses(testbed: Retrainable) -> Losses:
     """Those of the models in the cache or, where it has none, of the export."""
     cached = any(folder_of(testbed).glob("without_*.npz"))
     if not cached and export_path(testbed).is_file():
@@ -106,7 +97,7 @@ def open_losses(testbed: Testbed) -> Losses:
 class CachedLosses:
     """Of the models' own files, beside the testbed's data."""
 
-    testbed: Testbed
+    testbed: Retrainable
 
     @cached_property
     def collection(self) -> Collection:
@@ -120,11 +111,11 @@ class CachedLosses:
 
     def concepts(self, split: str) -> list[str]:
         """See `Losses`."""
-        return read_split(self.testbed.data, f"{split}_query").concepts
+        return self.testbed.query_concepts(split)
 
     def sets(self, split: str) -> list[str]:
         """See `Losses`."""
-        return read_split(self.testbed.data, "data" if split == "training" else f"{split}_query").sets
+        return self.testbed.training_sets() if split == "training" else self.testbed.query_sets(split)
 
     def jobs(self) -> list[Retraining]:
         """See `Losses`."""
@@ -149,14 +140,14 @@ class CachedLosses:
 class ExportedLosses:
     """Of an export, without the testbed's data; `ValueError` if it was made with another recipe."""
 
-    def __init__(self, testbed: Testbed) -> None:
+    def __init__(self, testbed: Retrainable) -> None:
         self.testbed, self.path = testbed, export_path(testbed)
         manifest = read_manifest(self.path)
         difference = manifest_difference(self.path, settings_of(testbed, RetrainConfig()), manifest["inputs"])
         if difference is not None:
             raise ValueError(f"{self.path}: expected the losses of the recipe of now, found others ({difference})")
         self.inputs: dict[str, str] = manifest["inputs"]
-        judged = [f"{name}_{split}" for name in ("losses", "concepts", "sets") for split in JUDGED]
+        judged = [f"{name}_{split}" for name in ("losses", "concepts", "sets") for split in testbed.judged]
         columns = ("names", "removed", "images", "sets_training", *judged)
         self.arrays = load_npz(self.path, columns, "python -m benchmark.retrain export")
         self.rows = {name: row for row, name in enumerate(self.arrays["names"].tolist())}
@@ -212,13 +203,13 @@ def seed_of(name: str) -> int:
     return int(Path(name).stem.rsplit("_", 1)[1])
 
 
-def export_losses(testbed: Testbed) -> Path:
+def export_losses(testbed: Retrainable) -> Path:
     """Writes the export of all models in the cache and returns its path; `ValueError` if there is none."""
     cached = CachedLosses(testbed)
     files = sorted(path for path in cached.collection.folder.glob("without_*_seed_*.npz"))
     if not files:
         raise ValueError(f"{cached.collection.folder}: expected retrained models, found none")
-    keys = ("removed", *(f"losses_{split}" for split in JUDGED))
+    keys = ("removed", *(f"losses_{split}" for split in testbed.judged))
     found = [load_npz(path, keys) for path in files]
     bits = np.zeros((len(files), cached.images), bool)
     for row, arrays in zip(bits, found, strict=True):
@@ -230,7 +221,7 @@ def export_losses(testbed: Testbed) -> Path:
         "images": np.array(cached.images),
         "sets_training": np.array(cached.sets("training")),
     }
-    for split in JUDGED:
+    for split in testbed.judged:
         columns[f"losses_{split}"] = np.stack([arrays[f"losses_{split}"] for arrays in found])
         columns[f"concepts_{split}"] = np.array(cached.concepts(split))
         columns[f"sets_{split}"] = np.array(cached.sets(split))
@@ -241,7 +232,7 @@ def export_losses(testbed: Testbed) -> Path:
     return path
 
 
-def restore_losses(testbed: Testbed) -> int:
+def restore_losses(testbed: Retrainable) -> int:
     """Puts the exported models that the cache lacks into it and returns how many these were.
 
     Models trained on everything are left out: what is wanted of them are weights and pictures, which are not exported.
@@ -257,15 +248,15 @@ def restore_losses(testbed: Testbed) -> int:
     lacking = [job for job in collection.missing(export.jobs()) if job.removed]
     for job in lacking:
         row = export.rows[job.name]
-        arrays = {f"losses_{split}": export.arrays[f"losses_{split}"][row] for split in JUDGED}
+        arrays = {f"losses_{split}": export.arrays[f"losses_{split}"][row] for split in testbed.judged}
         save_npz(collection.path(job), compress=False, removed=np.asarray(job.removed, np.int32), **arrays)
     return len(lacking)
 
 
-def _judged_inputs(testbed: Testbed) -> dict[str, str]:
+def _judged_inputs(testbed: Retrainable) -> dict[str, str]:
     """Hashes of what was judged: "training", "model", and the queries by split."""
     inputs: dict[str, str] = {}
-    for split in JUDGED:
+    for split in testbed.judged:
         hashes = score_inputs(testbed, split)
         inputs |= {"training": hashes["training"], "model": hashes["model"], split: hashes["queries"]}
     return inputs

@@ -36,7 +36,7 @@ import numpy as np
 from abu.cluster import add_cluster_flags, cluster_from
 from abu.layers import LayerPattern
 from abu.stages import whole_passes
-from abu.testbed import SPLITS, Testbed, testbed_from
+from abu.testbed import JUDGED, SPLITS, Testbed, testbed_from
 from abu.unlearn import STEP
 from benchmark.exact_rankings import full_influence
 from benchmark.finite_step import load_changes, load_terms, require_own_steps, whole_step_passes
@@ -44,7 +44,6 @@ from benchmark.gradient_methods import METHODS, Method, collect_method, foresee_
 from benchmark.lds import Judge
 from benchmark.projected import Measure
 from benchmark.retrain import add_judge_flags
-from benchmark.retrainer import JUDGED
 from benchmark.scores import save_scores
 from benchmark.teacher import NEIGHBOUR_FTYPE, NEIGHBOURS, TEACHERS, load_scores
 from fastgda.core import command_line, command_parser, load_npy, sha256_file

@@ -4,16 +4,19 @@
     python -m benchmark.removal run data/emoji-mini/scores/*.npy --workers 2      # trains the models; resumable
     python -m benchmark.removal run data/emoji-mini/scores/*.npy --dry_run        # how many are missing, hours left
     python -m benchmark.removal report data/emoji-mini/scores/*.npy     # prints the table, writes results/removal/
+    python -m benchmark.removal run data/coco/scores/*.npy --mode coco --queries 110 --references 0 --workers 8
 
 For a query ẑ and its K most influential training images the model is trained from scratch without them (paper, section
-4.1). Reported: ΔL, the rise of the query's loss over the mean of the reference models; MSE, the mean squared difference
+4.1). Reported: ΔL, the rise of the query's loss over the mean of the reference models, which are trained on everything
+(with --references 0 over that of the source model itself, the paper's reference); MSE, the mean squared difference
 between the image generated from the query's seed and that of the reference model (pixels in [0, 1]); similarity, the
-cosine of the two images in the image encoder's space (1 = the same picture). Random removals are the null; each row
+cosine of the two images in the image encoder's space (1 = the same picture). MSCOCO has ΔL alone without --pipeline.
+Random removals are the null; each row
 also says by how much a method exceeds it, query by query. The smallest K is trained first for all methods, and the
 report holds what is there, with the numbers of the queries.
 
 The testbed prompts each concept in several sets one after the other, and what such queries lose is much the same; so
-there is one query for each concept, of the set that has had fewest so far (`one_per_concept`).
+there is one query for each concept, of the set that has had fewest so far (`one_per_concept`). MSCOCO's are all judged.
 """
 
 from __future__ import annotations
@@ -29,18 +32,19 @@ import numpy as np
 import torch
 from PIL import Image
 
-from abu.models import Autoencoder
 from abu.plan import Collection
-from abu.testbed import Testbed, testbed_from
+from abu.sampler import Sampler
+from benchmark.coco import COCO
 from benchmark.losses import collection_of
-from benchmark.retrain import add_judge_flags, add_training_flags, models_done, references, train_models
+from benchmark.retrain import add_training_flags, models_done, references, train_models
+from benchmark.retrainable import Retrainable, add_retrainable_flags, retrainable_from
 from benchmark.retrainer import RetrainConfig, Retraining
 from benchmark.scores import load_scores
 from fastgda.core import ROOT, best_device, command_line, command_parser, environment, load_npz, save_json
+from fastgda.dataset import COCO_LEVELS
 from fastgda.metrics import bootstrap_interval, standard_error
 from fastgda.rankings import top
 from feature_extraction.encoders import load_encoder
-from feature_extraction.readers import read_split
 
 FRACTIONS = (0.004, 0.0085, 0.034, 0.1)
 """K as shares of the training set: the paper's 500, 1,000 and 4,000 of 118,287, and a tenth."""
@@ -57,11 +61,11 @@ class RemovalConfig:
     seeds: int = 1
     """Models trained for each removal."""
     references: int = 4
-    """Models trained on everything, whose mean is the reference."""
+    """Models trained on everything, whose mean is the reference; 0 for the source model itself."""
     null: int = 4
     """Random removals for each K, judged by every query."""
     levels: tuple[int, ...] = ()
-    """Values of K; by default `FRACTIONS` of the training set."""
+    """Values of K; by default the paper's for MSCOCO, `FRACTIONS` of the training set otherwise."""
     encoder: str = "effnet"
     """Image encoder of the similarity: "effnet", or "clip" and others where their weights are."""
 
@@ -107,12 +111,11 @@ def one_per_concept(concepts: list[str], sets: list[str]) -> list[int]:
     return chosen
 
 
-def judged_queries(testbed: Testbed, count: int | None = None) -> list[int]:
+def judged_queries(testbed: Retrainable, count: int | None = None) -> list[int]:
     """Numbers of the test queries that stand for the first `count` concepts (default: all); `ValueError` if there are
     not so many.
     """
-    table = read_split(testbed.data, "test_query")
-    chosen = one_per_concept(table.concepts, table.sets)
+    chosen = one_per_concept(testbed.query_concepts("test"), testbed.query_sets("test"))
     if count is not None and not 1 <= count <= len(chosen):
         raise ValueError(f"--queries: expected 1 to {len(chosen)}, the concepts of the test queries, found {count}")
     return chosen[:count]
@@ -134,33 +137,35 @@ def removal_plan(scores: dict[str, np.ndarray], queries: list[int], images: int,
 class Effects:
     """What a removal does to a query, measured on stored models."""
 
-    def __init__(self, testbed: Testbed, collection: Collection, config: RemovalConfig) -> None:
+    def __init__(self, testbed: Retrainable, collection: Collection, config: RemovalConfig) -> None:
         self.collection, self.device = collection, best_device()
-        self.autoencoder: Autoencoder = testbed.load_source(self.device).autoencoder
-        self.encoder = load_encoder(config.encoder, self.device)
+        self.sampler = testbed.sampler(self.device)
+        self.names = EFFECTS[:1] if self.sampler is None else EFFECTS
+        """What is measured: ΔL alone where pictures are not wanted."""
         stored = [self._load(job) for job in references(config.references)]
         self.loss = np.mean([arrays["losses_test"] for arrays in stored], axis=0)
-        self.images = self._decode(stored[0]["latents_test"])
-        self.features = self._features(self.images)
+        if self.sampler is not None:
+            self.encoder = load_encoder(config.encoder, self.device)
+            self.images = self._decode(self.sampler, stored[0]["latents_test"])
+            self.features = self._features(self.images)
 
     def of(self, job: Retraining, query: int) -> dict[str, float]:
-        """delta_loss, mse and similarity of one model for one query."""
+        """Each effect of `names` of one model for one query."""
         arrays = self._load(job)
-        image = self._decode(arrays["latents_test"][query : query + 1])
-        feature = self._features(image)[0]
-        return {
-            "delta_loss": float(arrays["losses_test"][query] - self.loss[query]),
-            "mse": float(((image[0] - self.images[query]) ** 2).mean()),
-            "similarity": float(feature @ self.features[query]),
-        }
+        found = {"delta_loss": float(arrays["losses_test"][query] - self.loss[query])}
+        if self.sampler is not None:
+            image = self._decode(self.sampler, arrays["latents_test"][query : query + 1])
+            found["mse"] = float(((image[0] - self.images[query]) ** 2).mean())
+            found["similarity"] = float(self._features(image)[0] @ self.features[query])
+        return found
 
     def _load(self, job: Retraining) -> dict[str, np.ndarray]:
-        keys = ("losses_test", "latents_test")
+        keys = ("losses_test",) if self.sampler is None else ("losses_test", "latents_test")
         return load_npz(self.collection.path(job), keys, "python -m benchmark.removal run")
 
     @torch.inference_mode()
-    def _decode(self, latents: np.ndarray) -> np.ndarray:
-        pixels = self.autoencoder.decode(torch.from_numpy(latents).to(self.device))
+    def _decode(self, sampler: Sampler, latents: np.ndarray) -> np.ndarray:
+        pixels = sampler.decode(torch.from_numpy(latents).to(self.device))
         return ((pixels + 1) / 2).permute(0, 2, 3, 1).cpu().numpy()
 
     def _features(self, images: np.ndarray) -> np.ndarray:
@@ -178,13 +183,13 @@ def summarise(plan: Plan, effects: Effects) -> list[dict[str, Any]]:
         if effects.collection.missing(jobs):
             continue
         found = [effects.of(job, query) for job in jobs]
-        mean = {key: float(np.mean([effect[key] for effect in found])) for key in EFFECTS}
+        mean = {key: float(np.mean([effect[key] for effect in found])) for key in effects.names}
         groups.setdefault((method, count), {})[query] = mean
     rows = []
     for (method, count), values in groups.items():
         row: dict[str, Any] = {"method": method, "K": count, "queries": list(values)}
         null = groups.get((RANDOM, count), {})
-        for key in EFFECTS:
+        for key in effects.names:
             column = np.array([[value[key]] for value in values.values()])
             row[key] = {"mean": float(column.mean()), "standard_error": float(standard_error(column)[0])}
             row[key]["per_query"] = column[:, 0].tolist()
@@ -197,7 +202,7 @@ def summarise(plan: Plan, effects: Effects) -> list[dict[str, Any]]:
 
 def removal_line(row: dict[str, Any]) -> str:
     """A row as a line of text."""
-    cells = (f"{key} {row[key]['mean']:+.4f} ± {row[key]['standard_error']:.4f}" for key in EFFECTS)
+    cells = (f"{key} {row[key]['mean']:+.4f} ± {row[key]['standard_error']:.4f}" for key in EFFECTS if key in row)
     return f"{row['method']:24s} K = {row['K']:4d}, {len(row['queries'])} queries  " + "  ".join(cells)
 
 
@@ -211,7 +216,7 @@ def parser() -> argparse.ArgumentParser:
     made = command_parser("python -m benchmark.removal", __doc__)
     made.add_argument("what", choices=("run", "report"))
     made.add_argument("scores", type=Path, nargs="+", help="arrays [Q, N] of a method, higher = more influential")
-    add_judge_flags(made)
+    add_retrainable_flags(made)
     add_removal_flags(made)
     made.add_argument("--output", type=Path, default=ROOT / "results/removal/removal.json")
     add_training_flags(made)
@@ -225,23 +230,30 @@ def add_removal_flags(made: argparse.ArgumentParser) -> None:
     made.add_argument("--queries", type=int, default=default.queries, help="test queries, one for each concept")
     made.add_argument("--seeds", type=int, default=default.seeds, help="models trained for each removal")
     made.add_argument("--null", type=int, default=default.null, help="random removals for each K")
-    made.add_argument("--references", type=int, default=default.references, help="models trained on everything")
     made.add_argument(
-        "--levels", type=int, nargs="+", default=(), help="values of K (default: 0.4 to 10 %% of the images)"
+        "--references", type=int, default=default.references, help="models trained on everything; 0: the source model"
+    )
+    made.add_argument(
+        "--levels",
+        type=int,
+        nargs="+",
+        default=(),
+        help="values of K (default: 0.4 to 10 %% of the images; coco: 500 1000 4000)",
     )
     made.add_argument("--encoder", default=default.encoder, help="image encoder of the similarity (default: effnet)")
 
 
 def removal_config(args: argparse.Namespace) -> RemovalConfig:
     """What `add_removal_flags` read."""
-    return RemovalConfig(args.queries, args.seeds, args.references, args.null, tuple(args.levels), args.encoder)
+    levels = tuple(args.levels) or (COCO_LEVELS if args.mode == COCO else ())
+    return RemovalConfig(args.queries, args.seeds, args.references, args.null, levels, args.encoder)
 
 
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
     args = parser().parse_args(argv)
-    testbed, config = testbed_from(args), removal_config(args)
+    testbed, config = retrainable_from(args), removal_config(args)
     collection = collection_of(testbed, RetrainConfig())
     scores = {path.stem: load_scores(path, testbed, "test") for path in args.scores}
     plan = removal_plan(scores, judged_queries(testbed, config.queries), testbed.images, config)

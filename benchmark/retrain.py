@@ -1,4 +1,4 @@
-"""Retrains a testbed's diffusion model from scratch without some training images: the judge of every attribution.
+"""Retrains a diffusion model from scratch without some of its training images: the judge of every attribution.
 
     python -m benchmark.retrain halves --models 64 --workers 2   # on random halves of the training set, for the LDS
     python -m benchmark.retrain again --models 64 --workers 2    # the same halves with other seeds: the LDS's ceiling
@@ -7,15 +7,16 @@
     python -m benchmark.retrain status                           # how many models are done, models per hour
     python -m benchmark.retrain export                           # all losses in one file (`benchmark.losses`)
     python -m benchmark.retrain restore                          # models of that file that are not here count as done
+    python -m benchmark.retrain halves --mode coco --workers 8   # the released MSCOCO model (`benchmark.coco`)
 
 A model is trained with the recipe of the reference model; what is kept of it is the loss of every validation and test
-query, the same draws of (t, ε) for all models, and the test queries sampled again with their seeds; of a model trained
-on everything also its weights. A model is named by the images that it did not see and by its seed, so that two methods
-which remove the same images share it.
+query (of MSCOCO there are test queries only), the same draws of (t, ε) for all models, and the test queries sampled
+again with their seeds; of a model trained on everything also its weights. A model is named by the images that it did
+not see and by its seed, so that two methods which remove the same images share it.
 
 On a CPU a model is trained by one thread, with `--workers` as many at once as there are processors: small layers gain
-little from a second thread, and sums over one thread are the same bit for bit wherever the model is trained. On a GPU
-`--together 16` trains sixteen at once in this process (`benchmark.together`).
+little from a second thread, and sums over one thread are the same bit for bit wherever the model is trained. On GPUs
+each worker has one; `--together 16` trains sixteen small models at once in this process (`benchmark.together`).
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ from torch import Tensor, nn
 
 from abu.cluster import add_cluster_flags, cluster_from, run_plan
 from abu.plan import Collection
-from abu.testbed import Testbed, add_testbed_flags, testbed_from
-from benchmark.losses import JUDGED_MODE, collection_of, export_losses, folder_of, restore_losses
-from benchmark.retrainer import WEIGHT, RetrainConfig, Retrainer, Retraining
+from abu.testbed import Testbed, add_testbed_flags
+from benchmark.losses import collection_of, export_losses, folder_of, restore_losses
+from benchmark.retrainable import JUDGED_MODE, Retrainable, add_retrainable_flags, retrainable_from
+from benchmark.retrainer import SOURCE, WEIGHT, RetrainConfig, Retrainer, Retraining
 from benchmark.together import run_together
 from fastgda.core import command_line, command_parser, load_npz
-from feature_extraction.readers import read_split
 
 SECOND_SEED = 100_000
 """Added to the seeds of the halves when they are trained again."""
@@ -61,8 +62,8 @@ def again(halves: list[Retraining]) -> list[Retraining]:
 
 
 def references(models: int) -> list[Retraining]:
-    """Models trained on everything."""
-    return [Retraining((), seed) for seed in range(models)]
+    """Models trained on everything; for none of them the source model itself, the paper's reference."""
+    return [Retraining((), seed) for seed in range(models)] or [SOURCE]
 
 
 def without_creators(sets: list[str], models: int) -> list[Retraining]:
@@ -91,30 +92,34 @@ def add_training_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--together", type=int, default=1, help="models at once in this process, on a GPU (default: 1)")
 
 
-def train_models(testbed: Testbed, collection: Collection, jobs: list[Retraining], args: argparse.Namespace) -> None:
+def train_models(
+    testbed: Retrainable, collection: Collection, jobs: list[Retraining], args: argparse.Namespace
+) -> None:
     """Trains the missing models where `add_training_flags` says."""
     cluster = cluster_from(args)
     if args.together < 1 or (args.together > 1 and cluster is not None):
         raise ValueError("--together: expected at least 1, and no --workers or --address beside it")
     if args.together > 1:
-        run_together(Retrainer(testbed, RetrainConfig()), collection, jobs, args.together)
+        retrainer = Retrainer(testbed, RetrainConfig())
+        run_plan(lambda: retrainer, collection, [job for job in jobs if job == SOURCE], None, "model")
+        run_together(retrainer, collection, [job for job in jobs if job != SOURCE], args.together)
     else:
         run_plan(partial(Retrainer, testbed, RetrainConfig()), collection, jobs, cluster, "model")
 
 
-def plans_of(testbed: Testbed) -> dict[str, Callable[[int], list[Retraining]]]:
-    """Name -> the models of a plan, given how many are wanted."""
-    table = read_split(testbed.data, "data")
-    return {
-        "halves": partial(random_halves, len(table)),
-        "again": lambda models: again(random_halves(len(table), models)),
+def plans_of(testbed: Retrainable) -> dict[str, Callable[[int], list[Retraining]]]:
+    """Name -> the models of a plan, given how many are wanted; without the creators' where there are not several."""
+    sets = testbed.training_sets()
+    plans: dict[str, Callable[[int], list[Retraining]]] = {
+        "halves": partial(random_halves, len(sets)),
+        "again": lambda models: again(random_halves(len(sets), models)),
         "reference": references,
-        "creators": partial(without_creators, table.sets),
     }
+    return plans if len(set(sets)) < 2 else {**plans, "creators": partial(without_creators, sets)}
 
 
 def add_judge_flags(parser: argparse.ArgumentParser) -> None:
-    """`--mode`, the small testbed by default, and `--root`."""
+    """`--mode`, a testbed and by default the small one, and `--root`."""
     add_testbed_flags(parser)
     parser.set_defaults(mode=JUDGED_MODE)
 
@@ -124,12 +129,12 @@ def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
     parser = command_parser("python -m benchmark.retrain", __doc__)
     parser.add_argument("what", choices=(*MODELS, "status", "export", "restore"))
-    add_judge_flags(parser)
+    add_retrainable_flags(parser)
     defaults = ", ".join(f"{name} {count}" for name, count in MODELS.items())
     parser.add_argument("--models", type=int, help=f"models; for creators, models of each (default: {defaults})")
     add_training_flags(parser)
     args = parser.parse_args(argv)
-    testbed, config = testbed_from(args), RetrainConfig()
+    testbed, config = retrainable_from(args), RetrainConfig()
     if args.what == "export":
         print(export_losses(testbed))
         return
@@ -143,6 +148,8 @@ def main(argv: list[str] | None = None) -> None:
         for name, error in collection.failures().items():
             print(f"failed: {name}: {error}")
         return
+    if args.what not in plans:
+        raise ValueError(f"{args.what}: expected one of {', '.join(plans)} for {testbed.name}, which names no creators")
     jobs = plans[args.what](args.models or MODELS[args.what])
     train_models(testbed, collection, jobs, args)
     print(models_done(collection, args.what, jobs))

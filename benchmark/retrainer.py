@@ -1,7 +1,7 @@
 """Trains one model without some images and measures it: the recipe of the reference model, in one process.
 
 What is kept of a model is the loss of every judged query, the same draws of (t, ε) for all models, and the test queries
-sampled again with their seeds; of a model trained on everything also its weights.
+sampled again with their seeds where pictures are wanted; of a model trained on everything also its weights.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import shutil
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,15 +18,12 @@ from torch import Tensor, nn
 
 from abu.draws import DrawConfig
 from abu.influence import mean_losses
-from abu.models import SourceModel, initial_denoiser, noise_schedule
-from abu.sample import SampleConfig, sample_latents
-from abu.testbed import Testbed
+from abu.sample import SampleConfig
 from abu.train_diffusion import diffusion_loss
 from abu.training import train
+from benchmark.retrainable import Retrainable
 from fastgda.core import best_device
 
-JUDGED = ("val", "test")
-"""Splits whose queries every retrained model is measured on."""
 WEIGHT = "weight."
 """Begins the names of the arrays that hold weights."""
 
@@ -64,50 +62,71 @@ class Retraining:
         return f"without_{len(self.removed):05d}_{digest}_seed_{self.seed}.npz"
 
 
+@dataclass(frozen=True)
+class Untrained(Retraining):
+    """The source model itself, which generated the queries: measured as it is."""
+
+    @property
+    def name(self) -> str:
+        """Its file."""
+        return "source.npz"
+
+
+SOURCE = Untrained((), seed=0)
+
+
 class Retrainer:
     """Trains models and measures them."""
 
-    def __init__(self, testbed: Testbed, config: RetrainConfig) -> None:
+    def __init__(self, testbed: Retrainable, config: RetrainConfig) -> None:
         self.testbed, self.config, self.device = testbed, config, best_device()
         torch.set_num_threads(1)
-        latents, text = testbed.load_arrays()
-        self.latents, self.text = torch.from_numpy(latents), torch.from_numpy(text)[:, 0]
-        self.queries = {split: testbed.query_examples(split, self.device) for split in JUDGED}
-        self.seeds = {split: testbed.query_seeds(split) for split in JUDGED}
-        self.autoencoder = testbed.load_source(self.device).autoencoder
+        self.pictures, self.loop, self.schedule = testbed.training_pictures(), testbed.diffusion_loop, testbed.schedule
+        self.queries = {split: testbed.query_examples(split, self.device) for split in testbed.judged}
+        self.seeds = testbed.query_seeds("test")
+        self.sampler = testbed.sampler(self.device)
 
     def compute(self, job: Retraining) -> dict[str, np.ndarray]:
         """removed [R]; for each split losses_<split> [Q]; latents_test [Q, c, h, w] float16, the queries sampled
-        again; seconds, what it took; weights in float16 if nothing was removed.
+        again, where pictures are wanted; seconds, what it took; weights in float16 if it was trained on everything.
         """
         began = time.perf_counter()
-        kept = torch.from_numpy(kept_images(job, len(self.latents)))
-        loop = replace(self.testbed.diffusion_loop, seed=job.seed)
-        model = initial_denoiser(self.testbed.diffusion, job.seed)
-        schedule = noise_schedule(self.testbed.diffusion)
-        loss = diffusion_loss(self.latents, self.text, schedule, self.device, kept)
-        folder = self.testbed.runs / "retrain" / job.name.removesuffix(".npz")
-        train(model, loss, len(self.latents), loop, folder, device=self.device, progress=False)
-        model.eval().requires_grad_(False)
+        model = self.testbed.load_denoiser(self.device) if job == SOURCE else self.trained(job)
         draws = self.config.judged_draws
         losses = {
-            f"losses_{split}": mean_losses([model], schedule, queries, draws, progress=False)[0].numpy()
+            f"losses_{split}": mean_losses([model], self.schedule, queries, draws, progress=False)[0].numpy()
             for split, queries in self.queries.items()
         }
-        source = SourceModel(model, self.autoencoder, self.testbed.diffusion, self.testbed.autoencoder)
-        test = self.queries["test"]
-        sampling = SampleConfig(steps=self.config.sampling_steps)
-        found = model_arrays(job, model, losses, sample_latents(source, test.text, self.seeds["test"], sampling))
-        shutil.rmtree(folder)
+        latents = None
+        if self.sampler is not None:
+            text = self.queries["test"].text
+            latents = self.sampler.latents(model, text, self.seeds, self.config.sampling_steps)
+        found = model_arrays(job, model, losses, latents)
+        shutil.rmtree(self.run_folder(job), ignore_errors=True)
         return found | {"seconds": np.array(time.perf_counter() - began)}
+
+    def trained(self, job: Retraining) -> nn.Module:
+        """The model of `job`, in evaluation mode and frozen; goes on where it was interrupted."""
+        kept = torch.from_numpy(kept_images(job, len(self.pictures)))
+        model = self.testbed.initial_denoiser(job.seed)
+        loss = diffusion_loss(self.pictures, self.schedule, self.device, kept, self.testbed.caption_dropout)
+        loop, folder = replace(self.loop, seed=job.seed), self.run_folder(job)
+        train(model, loss, len(self.pictures), loop, folder, device=self.device, progress=False)
+        return model.eval().requires_grad_(False)
+
+    def run_folder(self, job: Retraining) -> Path:
+        """State of the model's training while it is unfinished."""
+        return self.testbed.runs / "retrain" / job.name.removesuffix(".npz")
 
 
 def model_arrays(
-    job: Retraining, model: nn.Module, losses: dict[str, np.ndarray], latents: Tensor
+    job: Retraining, model: nn.Module, losses: dict[str, np.ndarray], latents: Tensor | None
 ) -> dict[str, np.ndarray]:
-    """What is kept of a trained model; `latents`: the test queries sampled again."""
-    found = {"removed": np.asarray(job.removed, np.int32), **losses, "latents_test": latents.half().cpu().numpy()}
-    if not job.removed:
+    """What is kept of a model; `latents`: the test queries sampled again, where pictures are wanted."""
+    found = {"removed": np.asarray(job.removed, np.int32), **losses}
+    if latents is not None:
+        found["latents_test"] = latents.half().cpu().numpy()
+    if not job.removed and job != SOURCE:
         found |= {WEIGHT + name: value.half().cpu().numpy() for name, value in model.state_dict().items()}
     return found
 

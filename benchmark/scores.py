@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from abu.testbed import Testbed
+from benchmark.retrainable import Retrainable
 from fastgda.core import (
     load_npy,
     load_npz,
@@ -26,23 +26,18 @@ from fastgda.core import (
 )
 
 
-def score_inputs(testbed: Testbed, split: str) -> dict[str, str]:
+def score_inputs(testbed: Retrainable, split: str) -> dict[str, str]:
     """Hashes of what scores are made from."""
-    files = {
-        "training": testbed.data / "trainset/latents.npy",
-        "queries": testbed.data / f"query_{split}/latents.npy",
-        "model": testbed.source / "denoiser.safetensors",
-    }
-    return {name: sha256_file(require_file(path)) for name, path in files.items()}
+    return {name: sha256_file(path) for name, path in testbed.score_files(split).items()}
 
 
-def score_path(testbed: Testbed, method: str, split: str) -> Path:
+def score_path(testbed: Retrainable, method: str, split: str) -> Path:
     """Where the scores of a method are kept: those of the test queries under its own name."""
     return testbed.data / "scores" / (f"{method}.npy" if split == "test" else f"{split}/{method}.npy")
 
 
 def save_scores(
-    testbed: Testbed, method: str, split: str, scores: np.ndarray, config: Any, command: str, **inputs: str
+    testbed: Retrainable, method: str, split: str, scores: np.ndarray, config: Any, command: str, **inputs: str
 ) -> Path:
     """Writes the scores of a method with their manifest; returns the path."""
     path = score_path(testbed, method, split)
@@ -51,7 +46,7 @@ def save_scores(
     return path
 
 
-def load_scores(path: Path, testbed: Testbed, split: str) -> np.ndarray:
+def load_scores(path: Path, testbed: Retrainable, split: str) -> np.ndarray:
     """Scores [Q, N] float64 in the order of the testbed's queries and training images.
 
     `ValueError` naming the file if it is damaged, of another shape, not finite, equal for all images of a query, has

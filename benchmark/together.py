@@ -27,10 +27,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from abu.diffusion_loss import NoiseSchedule, example_losses
+from abu.encoded import LoadedPictures
 from abu.influence import all_draws
-from abu.models import SourceModel, build_denoiser, initial_denoiser, noise_schedule
+from abu.models import build_denoiser, initial_denoiser, noise_schedule
 from abu.plan import Collection
-from abu.sample import SampleConfig, sample_latents
+from abu.sampler import Sampler
+from abu.testbed import Testbed
 from abu.train_diffusion import StepDraws, refilled, step_draws, step_loss
 from abu.training import LoopConfig, batch_rows, learning_rate
 from benchmark.retrainer import Retrainer, Retraining, kept_images, model_arrays
@@ -107,9 +109,9 @@ class Judged:
 class Lane:
     """A place for one model at a time."""
 
-    def __init__(self, retrainer: Retrainer, data: tuple[Tensor, Tensor], judged: Judged) -> None:
+    def __init__(self, testbed: Testbed, retrainer: Retrainer, data: tuple[Tensor, Tensor], judged: Judged) -> None:
         """`data`: latents [N, c, h, w] and token states [N, T, d] of the training set, shared by all lanes."""
-        testbed, device = retrainer.testbed, retrainer.device
+        device = retrainer.device
         self.stream = torch.cuda.Stream() if device.type == "cuda" else None
         self.loop, self.data, self.judged = testbed.diffusion_loop, data, judged
         self.schedule = noise_schedule(testbed.diffusion)
@@ -175,10 +177,10 @@ class Lane:
             for _ in range(self.judged.batches):
                 self.measure_step()
 
-    def sample(self, source: SourceModel, text: Tensor, seeds: list[int], config: SampleConfig) -> Tensor:
-        """The test queries sampled again; `source` holds everything but the denoiser."""
+    def sample(self, sampler: Sampler, text: Tensor, seeds: list[int], steps: int) -> Tensor:
+        """The test queries sampled again."""
         with self._on():
-            return sample_latents(replace(source, denoiser=_Graphed(self)), text, seeds, config)  # type: ignore[arg-type]
+            return sampler.latents(_Graphed(self), text, seeds, steps)
 
     def trouble(self) -> str | None:
         """What is wrong with the model: a loss that is not finite."""
@@ -277,11 +279,13 @@ class Together:
 
     def __init__(self, retrainer: Retrainer, count: int) -> None:
         self.retrainer, testbed, device = retrainer, retrainer.testbed, retrainer.device
+        if not (isinstance(testbed, Testbed) and isinstance(retrainer.pictures, LoadedPictures)):
+            raise ValueError(f"--together: expected a testbed, whose training set is small, found {testbed.name}")
+        self.sampler, self.latents = testbed.sampler(device), retrainer.pictures.latents
         self.schedule = noise_schedule(testbed.diffusion)
         self.judged = Judged(retrainer, self.schedule)
-        data = retrainer.latents.to(device), retrainer.text.to(device)
-        self.lanes = [Lane(retrainer, data, self.judged) for _ in range(count)]
-        self.source = SourceModel(self.lanes[0].model, retrainer.autoencoder, testbed.diffusion, testbed.autoencoder)
+        data = self.latents.to(device), retrainer.pictures.text.to(device)
+        self.lanes = [Lane(testbed, retrainer, data, self.judged) for _ in range(count)]
         self.weights_of = lru_cache(2 * count)(lambda seed: initial_denoiser(testbed.diffusion, seed).state_dict())
 
     def train(self, jobs: Sequence[Retraining]) -> Iterator[tuple[Retraining, dict[str, np.ndarray] | str]]:
@@ -307,7 +311,7 @@ class Together:
                     yield job, lane.trouble() or found
 
     def _plan(self, pool: ThreadPoolExecutor, jobs: Sequence[Retraining]) -> list[Future[Schedule]]:
-        loop, images = self.retrainer.testbed.diffusion_loop, self.retrainer.latents
+        loop, images = self.retrainer.loop, self.latents
         # weights are drawn from torch's one global generator, so not by the threads
         weights = [self.weights_of(job.seed) for job in jobs]
         return [
@@ -317,15 +321,15 @@ class Together:
 
     def _round(self, lanes: Sequence[Lane]) -> list[Tensor]:
         """Trains and measures a model in each lane; the test queries as each of them samples them."""
-        test, seeds = self.retrainer.queries["test"], self.retrainer.seeds["test"]
-        for _ in range(self.retrainer.testbed.diffusion_loop.steps):
+        retrainer = self.retrainer
+        for _ in range(retrainer.loop.steps):
             for lane in lanes:
                 lane.advance()
         for lane in lanes:
             lane.finish()
-        sampling = SampleConfig(steps=self.retrainer.config.sampling_steps)
-        latents = [lane.sample(self.source, test.text, seeds, sampling) for lane in lanes]
-        if self.retrainer.device.type == "cuda":
+        text, steps = retrainer.queries["test"].text, retrainer.config.sampling_steps
+        latents = [lane.sample(self.sampler, text, retrainer.seeds, steps) for lane in lanes]
+        if retrainer.device.type == "cuda":
             torch.cuda.synchronize()
         return latents
 

@@ -3,10 +3,12 @@
     PYTHONPATH=. python tests/released_layout.py FOLDER           # 118,287 x 1280 features and so on; 3 GB
     PYTHONPATH=. python tests/released_layout.py FOLDER --small   # in seconds
     PYTHONPATH=. python tests/released_layout.py FOLDER --hub     # small, as the release stands on the hub
+    PYTHONPATH=.:tests python tests/released_layout.py FOLDER --trainable   # small, with a model that trains in seconds
 
 The teacher's score is the cosine in a few hidden directions of the feature. Two ReLU units carry each direction through
 the hidden layers, one for each sign, so the released architecture can represent the teacher exactly. Pictures are
-written with --small and --hub: coloured squares, whose features these are not.
+written with --small and --hub: coloured squares, whose features these are not. With --trainable FOLDER is the root,
+with data/coco, weights/ and, in pipeline/, a tiny Stable Diffusion; latents and token states are noise.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from tiny_pipelines import save_tiny_diffusion
 
+from abu.coco import initial_coco, read_model
 from fastgda.dataset import normalise
 from fastgda.ranker import Ranker, RankerConfig, save_ranker
 
@@ -30,6 +34,22 @@ FTYPE = "dino+clip_text"
 BLOCK = 4096
 """Rows made at a time."""
 COLOURS = ("red", "green", "blue", "orange", "purple", "black")
+LATENT_SIDE, TOKENS, TEXT_WIDTH = 8, 4, 16
+"""Of the latents and token states that the small model reads."""
+TINY_MODEL = {
+    "denoiser": {
+        "sample_size": LATENT_SIDE,
+        "block_out_channels": [8, 8],
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+        "layers_per_block": 1,
+        "cross_attention_dim": TEXT_WIDTH,
+        "attention_head_dim": 2,
+        "norm_num_groups": 4,
+    },
+    "training": {"steps": 6, "batch_size": 8, "warmup": 1, "ema": 0.5},
+}
+"""The model.json of a model that trains in a second."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +123,28 @@ def write_pictures(folder: Path, size: ReleasedSize) -> None:
     near = np.tile(np.arange(size.candidates), (size.train_queries, 1))
     with open(folder / "query_train" / "nn_dino.pkl", "wb") as handle:
         pickle.dump({"fixed": {"rank": near}}, handle)
+
+
+def write_trainable(root: Path, size: ReleasedSize = SMALL, seed: int = 0) -> Path:
+    """Writes everything under `root` that a model is retrained and judged with; returns data/coco.
+
+    Latents are [2N, 4, 8, 8], the second half mirrored, token states [N, 5, 4, 16]; model.json says how small the model
+    is that reads them.
+    """
+    coco, random = root / "data/coco", np.random.default_rng(seed)
+    write_released(coco, size)
+    write_pictures(coco, size)
+    (coco / "weights").rename(root / "weights")
+    for folder, count, captions in (("trainset", size.images, 5), ("query_test", size.test_queries, 1)):
+        latents = random.standard_normal((count, 4, LATENT_SIDE, LATENT_SIDE), dtype=np.float32)
+        views = [latents, latents[..., ::-1]] if folder == "trainset" else [latents]
+        np.save(coco / folder / "latents.npy", np.concatenate(views))
+        text = random.standard_normal((count, captions, TOKENS, TEXT_WIDTH)).astype(np.float16)
+        np.save(coco / folder / "text_embeddings.npy", text)
+    (coco / "model.json").write_text(json.dumps(TINY_MODEL))
+    torch.save(initial_coco(read_model(coco / "model.bin"), seed).state_dict(), coco / "model.bin")
+    save_tiny_diffusion(root / "pipeline", latent_channels=4, width=TEXT_WIDTH, tokens=TOKENS)
+    return coco
 
 
 def write_hub(folder: Path, size: ReleasedSize = SMALL, parts: int = 3) -> None:
@@ -187,8 +229,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--small", action="store_true", help="a small size, with pictures")
     parser.add_argument("--hub", action="store_true", help="small, as the release stands on the hub")
+    parser.add_argument("--trainable", action="store_true", help="small, with a model that trains in seconds")
     args = parser.parse_args(argv)
-    if args.hub:
+    if args.trainable:
+        write_trainable(args.folder)
+    elif args.hub:
         write_hub(args.folder)
     else:
         write_released(args.folder, SMALL if args.small else ReleasedSize())

@@ -13,6 +13,7 @@ from tiny_teacher import TinyTeacher, tiny_teacher
 
 from abu.amortised import Examples, MeanGradients
 from abu.draws import DrawConfig
+from abu.encoded import LoadedPictures
 from abu.influence import exact_influence
 from abu.layers import select_layers
 from abu.loss_draws import LossDraws, TrainingImages
@@ -87,7 +88,7 @@ def test_a_diffusion_model_trains_alike(tmp_path, settings):
         chosen = settings if device.type == "cuda" else {}
         loop = LoopConfig(steps=5, batch_size=8, warmup=1, **chosen)
         latents, text = tiny.training.latents.cpu(), tiny.training.text.cpu()
-        loss = diffusion_loss(latents, text, tiny.schedule, device)
+        loss = diffusion_loss(LoadedPictures(latents, text), tiny.schedule, device)
         model = tiny.denoiser.requires_grad_(True)
         return train(model, loss, len(latents), loop, tmp_path / device.type, device=device)
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from small_world import COLOURS, SHAPES
 from small_world import draw as paint
-from tiny_pipelines import CPU, UNET
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from tiny_pipelines import CPU, WIDTH, save_tiny_diffusion
 
 from abu import fisher
 from abu.encode_pictures import EncodeConfig, chosen_captions, main, read_batch
@@ -29,26 +26,7 @@ PICTURES, CAPTIONS, TOKENS = 7, 2, 8
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
-    """A whole tiny Stable Diffusion in a folder: words are spelled out of a vocabulary of letters."""
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
-    levels = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    sizes: dict[str, Any] = {"hidden_size": 6, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    ids: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        vae = AutoencoderKL(block_out_channels=(8, 8), latent_channels=2, norm_num_groups=4, sample_size=8, **levels)
-        text = CLIPTextModel(CLIPTextConfig(vocab_size=len(words), max_position_embeddings=TOKENS, **sizes, **ids))
-        unet = UNet2DConditionModel(**UNET)
-    tokenizer = CLIPTokenizer(
-        vocab={word: index for index, word in enumerate(words)}, merges=[], model_max_length=TOKENS
-    )
-    scheduler = DDPMScheduler(1000, prediction_type="v_prediction", steps_offset=1, clip_sample=False)
-    parts = {"vae": vae, "text_encoder": text, "tokenizer": tokenizer, "unet": unet, "scheduler": scheduler}
-    extras = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    folder = tmp_path_factory.mktemp("pipeline")
-    StableDiffusionPipeline(**parts, **extras).save_pretrained(folder)
-    return folder
+    return save_tiny_diffusion(tmp_path_factory.mktemp("pipeline"), latent_channels=2, width=WIDTH, tokens=TOKENS)
 
 
 @pytest.fixture

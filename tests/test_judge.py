@@ -18,6 +18,7 @@ from small_judge import IMAGES, QUERIES, SETS, small_testbed, write_small_testbe
 
 from abu import collect, collect_exact, query
 from abu import testbed as testbeds
+from abu.encoded import LoadedPictures
 from abu.influence import ExactInfluence
 from abu.loss_draws import LossDraws
 from abu.plan import Collection
@@ -655,8 +656,10 @@ def test_workers_train_the_models_that_one_process_trains(retrained, tmp_path):
 
 def test_a_model_that_does_not_train_is_listed_and_the_others_of_its_round_are_kept(small, tmp_path):
     worker = Retrainer(small, RetrainConfig())
-    worker.latents = worker.latents.clone()
-    worker.latents[:15] = float("nan")
+    assert isinstance(worker.pictures, LoadedPictures)
+    latents = worker.pictures.latents.clone()
+    latents[:15] = float("nan")
+    worker.pictures = replace(worker.pictures, latents=latents)
     collection, jobs = Collection(tmp_path), [Retraining((), seed=1), Retraining(tuple(range(15)), seed=1)]
     with pytest.raises(ValueError, match="expected 2 models to train, 1 did not"):
         run_together(worker, collection, jobs, 2)

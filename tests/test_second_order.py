@@ -16,6 +16,7 @@ from abu.amortised import PIECE, Examples, Sketch, inner_products
 from abu.collect_config import StepConfig
 from abu.curvature import Curvature
 from abu.draws import DrawConfig
+from abu.encoded import LoadedPictures
 from abu.influence import mean_losses
 from abu.keyvalue import OutputGradients, key_value_layers
 from abu.second_order import (
@@ -114,7 +115,7 @@ def trained_tiny(folder):
     """A trained teacher, for the second term leaves out what large errors do, and a query that resembles an image."""
     tiny = tiny_teacher(images=IMAGES)
     model, training = tiny.denoiser.float().requires_grad_(), tiny.training
-    loss = diffusion_loss(training.latents.float(), training.text.float(), tiny.schedule, CPU)
+    loss = diffusion_loss(LoadedPictures(training.latents.float(), training.text.float()), tiny.schedule, CPU)
     loop = LoopConfig(steps=600, batch_size=IMAGES, learning_rate=3e-3, warmup=20, ema=0.9)
     train(model, loss, IMAGES, loop, folder, device=CPU, progress=False)
     model.double().eval().requires_grad_(False)

@@ -11,15 +11,18 @@ import torch
 import torch.nn.functional as F
 from diffusers import (
     AuraFlowTransformer2DModel,
+    AutoencoderKL,
     DDIMScheduler,
     DDPMScheduler,
     FlowMatchEulerDiscreteScheduler,
     PixArtTransformer2DModel,
     SanaTransformer2DModel,
     SD3Transformer2DModel,
+    StableDiffusionPipeline,
     UNet2DConditionModel,
 )
 from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from abu.amortised import Examples
 from abu.conditioning import pack_text
@@ -70,6 +73,31 @@ def save_tiny(folder: Path, kind: str) -> Path:
         model, scheduler = _parts(kind)
     save_part(model, folder, "unet" if isinstance(model, UNet2DConditionModel) else "transformer")
     save_part(scheduler, folder, "scheduler")
+    return folder
+
+
+def save_tiny_diffusion(folder: Path, latent_channels: int, width: int, tokens: int) -> Path:
+    """A whole tiny Stable Diffusion: words are spelled out of a vocabulary of letters, `tokens` of them a caption."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    levels = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    small: dict[str, Any] = {"block_out_channels": (8, 8), "norm_num_groups": 4, "sample_size": 8}
+    sizes: dict[str, Any] = {"intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ids: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "vocab_size": len(words)}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vae = AutoencoderKL(latent_channels=latent_channels, **small, **levels)
+        text = CLIPTextModel(CLIPTextConfig(hidden_size=width, max_position_embeddings=tokens, **sizes, **ids))
+        unet = UNet2DConditionModel(
+            **UNET | {"in_channels": latent_channels, "out_channels": latent_channels, "cross_attention_dim": width}
+        )
+    tokenizer = CLIPTokenizer(
+        vocab={word: index for index, word in enumerate(words)}, merges=[], model_max_length=tokens
+    )
+    scheduler = DDPMScheduler(1000, prediction_type="v_prediction", steps_offset=1, clip_sample=False)
+    parts = {"vae": vae, "text_encoder": text, "tokenizer": tokenizer, "unet": unet, "scheduler": scheduler}
+    extras = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    StableDiffusionPipeline(**parts, **extras).save_pretrained(folder)
     return folder
 
 
