@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from serving.limits import Limits, Rate
@@ -26,6 +27,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 API = "/gradio_api/"
 HEARTBEAT = f"{API}heartbeat"
 """Open for as long as a page is; not waited for at the end."""
+COLLECT_S = 5.0
+"""Seconds that a finished answer waits for its visitor after SIGTERM."""
 
 
 class Refused(Exception):
@@ -37,15 +40,26 @@ class Refused(Exception):
         self.retry = retry
 
 
+@dataclass(frozen=True)
+class Jobs:
+    """Work that was accepted by one request and is fetched by a later one."""
+
+    unfinished: int = 0
+    """Jobs that wait for their turn or are at work."""
+    uncollected: int = 0
+    """Visitors whose answers are ready and have not been fetched."""
+
+
 class Service:
     """What the running server is doing, and whether it should end."""
 
     def __init__(self, limits: Limits, facts: dict[str, Any]) -> None:
-        """`facts` is what /health tells besides."""
+        """`facts` is what /health tells besides; whoever keeps a queue of jobs sets `jobs`."""
         self.limits = limits
         self.facts = facts
         self.rate = Rate(limits.requests_per_minute)
         self.stopping = threading.Event()
+        self.jobs: Callable[[], Jobs] = Jobs
         self._started = time.monotonic()
         self._under_way = 0
         self._done = 0
@@ -70,16 +84,21 @@ class Service:
     def health(self) -> dict[str, Any]:
         """The answer of /health."""
         status = "stopping" if self.stopping.is_set() else "ok"
-        seconds = round(time.monotonic() - self._started, 1)
-        return {"status": status, "seconds": seconds, "under_way": self._under_way, "served": self._done, **self.facts}
+        told = {"status": status, "seconds": round(time.monotonic() - self._started, 1), "under_way": self._under_way}
+        return {**told, "jobs": self.jobs().unfinished, "served": self._done, **self.facts}
 
     def finish(self, quiet: float = 0.5, step: float = 0.05) -> bool:
-        """Refuses new work and waits until nothing was under way for `quiet` seconds; whether that came in time."""
+        """Refuses new work and waits until all that was accepted is answered; whether that came in time.
+
+        That is when no request was under way and no job unfinished for `quiet` seconds, or for `COLLECT_S` where
+        answers have not been fetched.
+        """
         self.stopping.set()
         end, idle = time.monotonic() + self.limits.grace_s, 0.0
         while time.monotonic() < end:
-            idle = 0.0 if self._under_way else idle + step
-            if idle >= quiet:
+            jobs = self.jobs()
+            idle = 0.0 if self._under_way or jobs.unfinished else idle + step
+            if idle >= (COLLECT_S if jobs.uncollected else quiet):
                 return True
             time.sleep(step)
         return False

@@ -29,7 +29,7 @@ from PIL import Image
 from fastgda.attributor import Attribution
 from serving import html
 from serving.answer import Answer, document
-from serving.guard import Guard, Service, log
+from serving.guard import Guard, Jobs, Service, log
 from serving.limits import from_base64
 from serving.retrained import Retrained
 from serving.world import World
@@ -365,6 +365,7 @@ def launch(app: gr.Blocks, service: Service, host: str, port: int) -> str:
 
     theme = gr.themes.Default(font=list(FONTS), font_mono=["ui-monospace", "monospace"])
     app.queue(max_size=service.limits.queue_length)
+    service.jobs = lambda: jobs_of(app)
     _, url, _ = app.launch(
         server_name=host,
         server_port=port,
@@ -382,6 +383,15 @@ def launch(app: gr.Blocks, service: Service, host: str, port: int) -> str:
     return url
 
 
+def jobs_of(app: gr.Blocks) -> Jobs:
+    """What Gradio's queue holds: an event from acceptance until it is finished, its messages until they are fetched."""
+    queue = app._queue
+    pending = list(queue.pending_event_ids_session.items())
+    messages = [queue.pending_messages_per_session.get(session) for session, events in pending if events]
+    uncollected = sum(waiting is not None and not waiting.empty() for waiting in messages)
+    return Jobs(len(queue.event_ids_to_events), uncollected)
+
+
 @contextmanager
 def signals() -> Iterator[threading.Event]:
     """An event that SIGTERM and Ctrl-C set, instead of ending the process."""
@@ -396,7 +406,7 @@ def signals() -> Iterator[threading.Event]:
 
 def finish(app: gr.Blocks, service: Service) -> bool:
     """Takes no new work, finishes what is under way and closes; whether all of it was finished in time."""
-    finished = service.finish()
+    finished, left = service.finish(), service.jobs()
     app.close(verbose=False)
-    log("stopped", finished=finished)
+    log("stopped", finished=finished, unfinished=left.unfinished, uncollected=left.uncollected)
     return finished

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -15,8 +14,9 @@ from typing import Any
 import gradio_client
 import pytest
 from demo_world import IMAGES, QUERIES, load, served, write_world
+from http_calls import as_text, call, get, post
 from PIL import Image
-from small_world import COLOURS, SHAPES, draw, png
+from small_world import COLOURS, SHAPES, draw
 
 from serving.limits import Limits
 from serving.world import World
@@ -32,36 +32,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def url(world: World) -> Iterator[str]:
     with served(world) as (address, _):
         yield address
-
-
-def get(url: str) -> tuple[int, str]:
-    """(status, text) of a page."""
-    try:
-        with urllib.request.urlopen(url) as reply:
-            return reply.status, reply.read().decode(errors="replace")
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode(errors="replace")
-
-
-def post(url: str, content: Any) -> Any:
-    """The JSON answer to JSON."""
-    body = json.dumps(content).encode()
-    request = urllib.request.Request(url, body, {"content-type": "application/json"})
-    with urllib.request.urlopen(request) as reply:
-        return json.load(reply)
-
-
-def call(url: str, name: str, *data: Any) -> tuple[str, Any]:
-    """(event, data) of one call, in two requests as with curl."""
-    event = post(f"{url}/gradio_api/call/{name}", {"data": list(data)})["event_id"]
-    status, text = get(f"{url}/gradio_api/call/{name}/{event}")
-    assert status == 200
-    lines = [line.partition(": ")[2] for line in text.strip().splitlines() if line]
-    return lines[-2], json.loads(lines[-1])
-
-
-def as_text(picture: Image.Image) -> str:
-    return base64.b64encode(png(picture)).decode()
 
 
 def test_attribute_answers_what_the_world_does(url: str, world: World) -> None:
