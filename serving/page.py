@@ -15,23 +15,17 @@ import base64
 import os
 import signal
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BytesIO
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlencode
 
-import numpy as np
-from PIL import Image
-
-from fastgda.attributor import Attribution
 from serving import html
 from serving.answer import Answer, document
 from serving.guard import Guard, Jobs, Service, log
 from serving.limits import from_base64
 from serving.retrained import Retrained
+from serving.views import logged, show_address, show_generated, show_query, show_retrained, show_upload
 from serving.world import World
 
 if TYPE_CHECKING:
@@ -50,169 +44,6 @@ FOLLOW = """(html) => {
 RETRAINED = """### What is lost without them
 A smaller model of the same emoji, trained again without the images that a method finds most influential for a prompt,
 draws it from the same seed. The more its loss rises, the more those images mattered."""
-Shown = tuple[str, str, str, str, str, str, str]
-"""HTML of (message, picture, permalink, shares, tuned gallery, untuned gallery, teacher's gallery)."""
-
-
-def gallery(world: World, found: Attribution, teacher: np.ndarray | None, distances: np.ndarray) -> str:
-    """The first training images found; `teacher` is the query's ranking, absent for a picture of the visitor's."""
-    figures = []
-    place = {} if teacher is None else {int(image): rank for rank, image in enumerate(teacher, 1)}
-    for position, image in enumerate(found.ids[: world.topk].tolist()):
-        notes = [*credits(world, image), f"score {found.scores[position]:.3f}", f"distance {distances[position]:.3f}"]
-        if image in place:
-            notes.append(f"teacher's rank {place[image]:,}")
-        agreed = place.get(image, world.level + 1) <= world.level
-        figures.append(html.card(picture_of(world, image), world.images.caption(image), notes, agreed))
-    return html.gallery(figures)
-
-
-def credits(world: World, image: int) -> list[str]:
-    """Whose a training image is, or what its dataset calls it."""
-    known = world.known[image]
-    if known.get("creator"):
-        return [f"by {known['creator']}"]
-    return [f"image {known['key']}"] if "key" in known else []
-
-
-def picture_of(world: World, image: int) -> Image.Image | None:
-    """A training image; `None` if it cannot be read: features and captions are enough to answer."""
-    try:
-        return world.images.image(image)
-    except ValueError:
-        return None
-
-
-def teachers_cards(world: World, ranking: np.ndarray) -> list[str]:
-    """The first training images of the teacher's ranking."""
-    cards = []
-    for rank, image in enumerate(ranking[: world.topk].tolist(), 1):
-        notes = [*credits(world, image), f"teacher's rank {rank:,}"]
-        cards.append(html.card(picture_of(world, image), world.images.caption(image), notes))
-    return cards
-
-
-def timings(answer: Answer) -> str:
-    """Milliseconds, the whole and its parts."""
-    parts = answer.seconds
-    listed = ", ".join(f"{name} {1000 * value:.1f}" for name, value in parts.items())
-    return f"{1000 * sum(parts.values()):.1f} ms: {listed}"
-
-
-def shown(world: World, answer: Answer) -> Shown:
-    """An answer as the page shows it."""
-    assert answer.untuned is not None and answer.distances is not None
-    line = f"{timings(answer)}, among {len(world.images):,} training images."
-    untuned_distances = np.maximum(1 - answer.untuned.scores, 0)
-    line += (
-        f" The nearest training image is at cosine distance {untuned_distances[0]:.3f}; "
-        f"training images are usually {world.typical_distance:.3f} from their nearest other."
-    )
-    ranking, truth = None, html.message("The teacher has scored stored queries only.")
-    if answer.query is not None:
-        ranking = world.teacher.rank[answer.query]
-        found = (answer.tuned.ids[: world.topk], answer.untuned.ids[: world.topk])
-        agree = [int(np.isin(ids, ranking[: world.level]).sum()) for ids in found]
-        line += (
-            f" Of the {world.topk} shown, {agree[0]} (tuned) and {agree[1]} (untuned) are in the teacher's "
-            f"top {world.level} (framed)."
-        )
-        truth = html.gallery(teachers_cards(world, ranking))
-    origin, link = "your picture", ""
-    if answer.query is not None:
-        origin, link = f"test query {answer.query}", urlencode({"query": answer.query})
-    elif answer.seed is not None:
-        origin, link = f"generated from seed {answer.seed}", urlencode({"prompt": answer.prompt, "seed": answer.seed})
-    shares = html.message("No shares: the teacher's scores of validation queries are missing.")
-    if world.credit is not None:
-        shares = html.message("No training image among the first has positive influence.")
-    if not world.has_creators:
-        shares = ""
-    elif answer.shares and world.credit is not None:
-        shares = html.chart(answer.shares, answer.truth, min(world.credit.depth, len(world.images)))
-    return (
-        html.message(line),
-        f'<div class="query">{html.card(answer.image, answer.prompt, [origin])}</div>',
-        html.permalink(link) if link else "",
-        shares,
-        gallery(world, answer.tuned, ranking, answer.distances),
-        gallery(world, answer.untuned, ranking, untuned_distances),
-        truth,
-    )
-
-
-def show_retrained(retrained: Retrained, query: int) -> str:
-    """The pictures of a query by models trained without its most influential images, the whole model's first."""
-    caption = retrained.captions[query]
-    cards = [html.card(retrained.image(query), caption, ["trained on everything"])]
-    for removal in retrained.of(query):
-        notes = [f"without {removal.removed:,} images", f"loss {removal.change:+.4f}"]
-        cards.append(html.card(Image.fromarray(removal.picture), removal.method, notes))
-    return html.gallery(cards)
-
-
-def failed(error: ValueError) -> Shown:
-    """A visitor's mistake as the page shows it."""
-    return (html.message(str(error), error=True), "", "", "", "", "", "")
-
-
-def logged(name: str, work: Callable[[], Answer]) -> Answer:
-    """Does the work and logs how long it took, or that it was a mistake."""
-    start = time.perf_counter()
-    try:
-        answer = work()
-    except ValueError:
-        log(name, seconds=round(time.perf_counter() - start, 4), refused=True)
-        raise
-    log(name, **{part: round(value, 4) for part, value in answer.seconds.items()})
-    return answer
-
-
-def show_query(world: World, query: int) -> Shown:
-    """What the page shows for a stored query."""
-    return shown(world, logged("query", lambda: world.stored(query, world.topk)))
-
-
-def show_upload(world: World, path: str | None, prompt: str | None) -> Shown:
-    """What the page shows for an uploaded file and its prompt; a mistake becomes a message."""
-
-    def work() -> Answer:
-        if path is None:
-            raise ValueError("Choose a picture first.")
-        words = world.limits.checked_prompt(prompt)
-        image = world.limits.picture(Path(path).read_bytes(), Path(path).name)
-        return world.answer(image, words, world.topk)
-
-    try:
-        return shown(world, logged("upload", work))
-    except ValueError as error:
-        return failed(error)
-
-
-def show_generated(world: World, prompt: str | None, seed: float | None) -> Shown:
-    """What the page shows for a picture generated from a prompt and a seed."""
-    try:
-        return shown(world, logged("generate", lambda: world.generated(prompt, seed, world.topk)))
-    except ValueError as error:
-        return failed(error)
-
-
-def show_address(world: World, parameters: Mapping[str, str]) -> tuple[str, int, str, int, Shown]:
-    """(tab, stored query, prompt, seed, what is shown) for the parameters of a permalink; query 0 without any."""
-    if "prompt" in parameters:
-        prompt, seed = parameters["prompt"], number_of(parameters.get("seed", "0"))
-        kept, tab = prompt[: world.limits.prompt_characters], "stored" if world.painter is None else "generate"
-        return tab, 0, kept, max(0, seed), show_generated(world, prompt, seed)
-    try:
-        query = number_of(parameters.get("query", "0"))
-        return "stored", query, "", 0, show_query(world, query)
-    except ValueError as error:
-        return "stored", 0, "", 0, failed(error)
-
-
-def number_of(text: str) -> int:
-    """The number that the digits `text` spell; -1, which is out of every range, for other text."""
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 20 else -1
 
 
 class Api:

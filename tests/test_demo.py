@@ -38,7 +38,7 @@ from small_world import draw, png, write_ranker
 import demo
 from fastgda.core import load_npz
 from fastgda.ranker import load_ranker
-from serving import page
+from serving import page, views
 from serving.world import World
 
 
@@ -92,14 +92,14 @@ def test_typical_distance_is_that_of_nearest_others(world: World, data: Path) ->
 
 
 def test_threads_see_their_own_results(world: World) -> None:
-    alone = [page.show_query(world, query)[1:] for query in range(QUERIES)]
+    alone = [views.show_query(world, query)[1:] for query in range(QUERIES)]
     with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(lambda query: page.show_query(world, query)[1:], list(range(QUERIES)) * 3))
+        together = list(pool.map(lambda query: views.show_query(world, query)[1:], list(range(QUERIES)) * 3))
     assert together == alone * 3
 
 
 def test_agreement_with_the_teacher_is_counted(world: World) -> None:
-    status, _, _, _, tuned, untuned, teacher = page.show_query(replace(world, level=18), 1)
+    status, _, _, _, tuned, untuned, teacher = views.show_query(replace(world, level=18), 1)
     counts = re.search(r"(\d+) \(tuned\) and (\d+) \(untuned\)", status)
     assert counts is not None
     assert (int(counts[1]), int(counts[2])) == (tuned.count('"agreed"'), untuned.count('"agreed"'))
@@ -129,25 +129,25 @@ def test_generated_pictures_depend_on_prompt_and_seed(world: World) -> None:
     ],
 )
 def test_what_cannot_be_generated_becomes_a_message(world: World, prompt: str, seed: float, complaint: str) -> None:
-    status, *rest = page.show_generated(world, prompt, seed)
+    status, *rest = views.show_generated(world, prompt, seed)
     assert complaint in status and 'role="alert"' in status and set(rest) == {""}
 
 
 def test_any_script_may_be_prompted(world: World) -> None:
     for prompt in ("赤いハート", "قلب أحمر", "❤️ 👩‍👩‍👧", "\x00 \ud800 heart"):
-        assert "ms: generate" in page.show_generated(world, prompt, 1)[0]
+        assert "ms: generate" in views.show_generated(world, prompt, 1)[0]
 
 
 def test_permalinks_lead_back(world: World) -> None:
     for parameters in ({"query": "2"}, {"prompt": "a & b <c>", "seed": "5"}):
-        tab, query, prompt, seed, shown = page.show_address(world, parameters)
+        tab, query, prompt, seed, shown = views.show_address(world, parameters)
         link = re.search(r'href="\?([^"]+)"', shown[2])
         assert link is not None
         assert dict(parse_qsl(html.unescape(link[1]))) == parameters
         assert (tab, query, prompt, seed) == (
             ("stored", 2, "", 0) if "query" in parameters else ("generate", 0, "a & b <c>", 5)
         )
-    assert page.show_address(world, {})[4][2:] == page.show_query(world, 0)[2:]
+    assert views.show_address(world, {})[4][2:] == views.show_query(world, 0)[2:]
     for wrong in (
         {"query": "99"},
         {"query": "-1"},
@@ -155,12 +155,12 @@ def test_permalinks_lead_back(world: World) -> None:
         {"query": "9" * 5000},
         {"prompt": "x", "seed": "y"},
     ):
-        assert 'role="alert"' in page.show_address(world, wrong)[4][0]
-    assert "no source model" in page.show_address(replace(world, painter=None), {"prompt": "x"})[4][0]
+        assert 'role="alert"' in views.show_address(world, wrong)[4][0]
+    assert "no source model" in views.show_address(replace(world, painter=None), {"prompt": "x"})[4][0]
 
 
 def test_without_scores_there_are_no_shares(world: World) -> None:
-    assert "No shares" in page.show_query(replace(world, credit=None), 0)[3]
+    assert "No shares" in views.show_query(replace(world, credit=None), 0)[3]
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +184,7 @@ def test_released_data_is_shown(coco: Path) -> None:
         np.testing.assert_allclose(scores[answer.tuned.ids], answer.tuned.scores, atol=1e-5)
         # picture i of the training set is drawn as query i - 1 is, and stored as JPEG
         assert answer.untuned.scores[0] == pytest.approx(1, abs=0.05)
-    status, shown, _, shares, tuned, _, teacher = page.show_query(world, 1)
+    status, shown, _, shares, tuned, _, teacher = views.show_query(world, 1)
     assert "among 40 training images" in status and "test query 1" in shown and shares == ""
     assert tuned.count("<img") == teacher.count("<img") == TOP
     found, first = (world.stored(1, 1).tuned.ids[0], world.teacher.rank[1, 0])
@@ -196,14 +196,14 @@ def test_released_data_is_shown(coco: Path) -> None:
 def test_what_released_data_lacks_is_a_message(coco: Path) -> None:
     world = demo.load_world(coco_config(coco))
     assert world.painter is None and world.credit is None
-    tab, *_, shown = page.show_address(world, {"prompt": "a red square", "seed": "3"})
+    tab, *_, shown = views.show_address(world, {"prompt": "a red square", "seed": "3"})
     assert tab == "stored" and "no source model" in shown[0]
 
 
 def test_training_images_that_are_missing_keep_their_captions(coco: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(coco, tmp_path / "coco")
     shutil.rmtree(copy / "trainset" / "train2017")
-    _, shown, _, _, tuned, untuned, teacher = page.show_query(demo.load_world(coco_config(copy)), 1)
+    _, shown, _, _, tuned, untuned, teacher = views.show_query(demo.load_world(coco_config(copy)), 1)
     assert "<img" in shown and "<img" not in tuned + untuned + teacher
     assert tuned.count("square") == untuned.count("square") == teacher.count("square") == TOP
 
@@ -234,13 +234,13 @@ def test_mistakes_become_messages(
     if content is not None:
         path = str(tmp_path / "up.png")
         Path(path).write_bytes(content)
-    status, *rest = page.show_upload(world, path, prompt)
+    status, *rest = views.show_upload(world, path, prompt)
     assert complaint in status and 'role="alert"' in status and set(rest) == {""}
 
 
 def test_markup_in_a_prompt_is_text(world: World, tmp_path: Path) -> None:
     (tmp_path / "up.png").write_bytes(png(draw("red", "circle", "flat")))
-    _, shown, *_ = page.show_upload(world, str(tmp_path / "up.png"), '<script>alert(1)</script> "quoted"')
+    _, shown, *_ = views.show_upload(world, str(tmp_path / "up.png"), '<script>alert(1)</script> "quoted"')
     assert "<script>" not in shown and "&lt;script&gt;" in shown and "&quot;quoted&quot;" in shown
 
 
