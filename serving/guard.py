@@ -1,8 +1,9 @@
 """What stands between the network and the page: /health, limits on requests, the log, and an orderly end.
 
 An ASGI middleware. A request that asks for work is read whole, within its limits of size and time, before anything
-behind sees it. What is logged is one JSON object a line: times, addresses, statuses and sizes, never a prompt, a
-picture or a query string.
+behind sees it, and must be small JSON around at most one picture as text: Gradio's ways to upload a file, to name one
+of the server's or to have it fetch an address are not offered. What is logged is one JSON object a line: times,
+addresses, statuses and sizes, never a prompt, a picture or a query string.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import threading
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -27,6 +29,13 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 API = "/gradio_api/"
 HEARTBEAT = f"{API}heartbeat"
 """Open for as long as a page is; not waited for at the end."""
+POSTED = re.compile(rf"{API}(call/\w+|queue/join|cancel|reset)/?")
+"""What may be asked of Gradio by POST: calls, and no longer waiting for them."""
+HIDDEN = tuple(API + name for name in ("file", "proxy", "upload", "deep_link", "stream"))
+"""What may not be read: Gradio gives out its own files there, or fetches addresses."""
+MARKS, LONG = 10_000, 10_000
+"""Commas, colons and brackets of a JSON body, and characters of a text in it that is not among the data. Base64 has no
+such marks, so a picture of any size passes; 8 MB of `{},{},...` would take 400 MB to parse."""
 COLLECT_S = 5.0
 """Seconds that a finished answer waits for its visitor after SIGTERM."""
 
@@ -60,6 +69,7 @@ class Service:
         self.rate = Rate(limits.requests_per_minute)
         self.stopping = threading.Event()
         self.jobs: Callable[[], Jobs] = Jobs
+        self.held = 0
         self._started = time.monotonic()
         self._under_way = 0
         self._done = 0
@@ -151,6 +161,8 @@ class Guard:
             health = service.health()
             await reply(send, 200 if health["status"] == "ok" else 503, health)
             return
+        if scope["path"].startswith(HIDDEN):
+            raise Refused(404, "Not offered here.")
         if scope["method"] in ("GET", "HEAD", "OPTIONS"):
             await self.app(scope, receive, send)
             return
@@ -158,19 +170,33 @@ class Guard:
             raise Refused(503, "The server is stopping.", 5)
         if wait := service.rate.wait(client_of(scope)):
             raise Refused(429, f"Too many requests: at most {service.limits.requests_per_minute} a minute.", wait)
-        body = await self._read(scope, receive)
-        if dict(scope["headers"]).get(b"content-type", b"").startswith(b"application/json"):
-            check_files(body)
-        given = iter([{"type": "http.request", "body": body, "more_body": False}])
+        if scope["method"] != "POST" or not POSTED.fullmatch(scope["path"]):
+            await self._discard(receive)
+            raise Refused(404, "Not offered here.")
+        if kinds_of(scope) != [b"application/json"]:
+            await self._discard(receive)
+            raise Refused(415, "Expected the content type application/json.")
+        parts: list[bytes] = []
+        try:
+            await self._read(scope, receive, parts)
+            body = b"".join(parts)
+            # in a thread, because /health is to be answered meanwhile
+            await asyncio.to_thread(check_json, body)
+            given = iter([{"type": "http.request", "body": body, "more_body": False}])
 
-        async def replay() -> MutableMapping[str, Any]:
-            return next(given, None) or await receive()
+            async def replay() -> MutableMapping[str, Any]:
+                return next(given, None) or await receive()
 
-        await self.app(scope, replay, send)
+            await self.app(scope, replay, send)
+        finally:
+            service.held -= sum(map(len, parts))
 
-    async def _read(self, scope: Scope, receive: Receive) -> bytes:
-        """The whole body; `Refused` if it is too long, announced or not, or does not arrive in time."""
-        limits, parts, size = self.service.limits, [], 0
+    async def _read(self, scope: Scope, receive: Receive, parts: list[bytes]) -> None:
+        """Adds the body to `parts` and to what the service holds.
+
+        `Refused` if it is too long, announced or not, does not arrive in time, or too much is held already.
+        """
+        service, limits, size = self.service, self.service.limits, 0
         too_long = Refused(413, f"Expected at most {limits.upload_mb:g} MB.")
         announced = dict(scope["headers"]).get(b"content-length", b"0")
         if not announced.isdigit() or int(announced) > limits.largest:
@@ -178,18 +204,20 @@ class Guard:
             raise too_long
         try:
             async with asyncio.timeout(limits.timeout_s):
-                while True:
+                more = True
+                while more:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise Refused(400, "The request ended early.")
-                    size += len(message.get("body", b""))
-                    if size > limits.largest:
-                        if message.get("more_body"):
+                    part, more = message.get("body", b""), bool(message.get("more_body"))
+                    size += len(part)
+                    if size > limits.largest or service.held + len(part) > limits.most_held:
+                        if more:
                             await self._discard(receive)
-                        raise too_long
-                    parts.append(message.get("body", b""))
-                    if not message.get("more_body"):
-                        return b"".join(parts)
+                        busy = Refused(503, "Too busy: too many large requests at once. Try again.", 5)
+                        raise too_long if size > limits.largest else busy
+                    parts.append(part)
+                    service.held += len(part)
         except TimeoutError:
             raise Refused(408, f"The request did not arrive within {limits.timeout_s:g} seconds.") from None
 
@@ -205,19 +233,35 @@ class Guard:
                         return
 
 
-def check_files(body: bytes) -> None:
-    """`Refused` if the body is no JSON, or names a file by an address that the server would have to fetch."""
+def kinds_of(scope: Scope) -> list[bytes]:
+    """The content types that a request states, without their parameters."""
+    found = [value for name, value in scope["headers"] if name == b"content-type"]
+    return [value.partition(b";")[0].strip().lower() for value in found]
+
+
+def check_json(body: bytes) -> None:
+    """`Refused` if the body is no JSON object, has too many parts, or names a file, which the server would open.
+
+    Only the elements of `data` may be long texts: of the rest, Gradio keeps some for as long as it runs.
+    """
+    if sum(body.count(mark) for mark in (b",", b":", b"[", b"{")) > MARKS:
+        raise Refused(413, f"Expected JSON of at most {MARKS:,} parts.")
     try:
-        waiting = [json.loads(body or b"null")]
+        content = json.loads(body)
     except (ValueError, RecursionError):
         raise Refused(400, "Expected JSON.") from None
+    if not isinstance(content, dict):
+        raise Refused(400, "Expected a JSON object.")
+    if any(isinstance(value, str) and len(value) > LONG for value in content.values()):
+        raise Refused(413, f"Expected at most {LONG:,} characters outside of data.")
+    waiting = list(content.values())
     while waiting:
         value = waiting.pop()
         if isinstance(value, list):
             waiting += value
         elif isinstance(value, dict):
-            if "://" in str(value.get("path", "")):
-                raise Refused(400, "Expected an uploaded file, found an address.")
+            if value.keys() & {"path", "url", "meta"}:
+                raise Refused(400, "Expected a picture as base64 text, found the name of a file.")
             waiting += value.values()
 
 

@@ -26,6 +26,8 @@ figcaption .small { display: block; font-weight: 400; }
 .message { padding: 8px 12px; border-radius: 8px; border: 1px solid var(--border-color-primary);
   color: var(--body-text-color); font-size: 14px; }
 .message.error { border-color: var(--error-border-color, #b91c1c); border-left: 6px solid #b91c1c; }
+#upload label, #upload input { display: block; font-size: 14px; color: var(--body-text-color); margin: 4px 0; }
+#upload input { width: 100%; padding: 8px; border: 1px solid var(--border-color-primary); border-radius: 8px; }
 .shares { width: 100%; border-collapse: collapse; font-size: 13px; color: var(--body-text-color); }
 .shares caption { text-align: left; font-size: 12px; padding-bottom: 4px; color: var(--body-text-color); }
 .shares th { text-align: left; font-weight: 600; width: 30%; padding: 3px 8px 3px 0; overflow-wrap: anywhere; }

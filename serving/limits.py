@@ -35,7 +35,9 @@ class Limits:
     """What a visitor may ask for."""
 
     upload_mb: float = 32
-    """Megabytes of a request, an uploaded picture included."""
+    """Megabytes of a request. A picture comes in it as base64, which makes it a third larger."""
+    held_mb: float = 256
+    """Megabytes of requests that are read at the same time."""
     prompt_characters: int = 1000
     """Characters of a prompt."""
     max_k: int = 1000
@@ -50,7 +52,15 @@ class Limits:
     """Seconds to finish what is under way after SIGTERM."""
 
     def __post_init__(self) -> None:
-        for name in ("upload_mb", "prompt_characters", "max_k", "requests_per_minute", "queue_length", "timeout_s"):
+        for name in (
+            "upload_mb",
+            "held_mb",
+            "prompt_characters",
+            "max_k",
+            "requests_per_minute",
+            "queue_length",
+            "timeout_s",
+        ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name} {getattr(self, name)}: expected more than 0")
 
@@ -58,6 +68,16 @@ class Limits:
     def largest(self) -> int:
         """Bytes of a request."""
         return round(self.upload_mb * 1e6)
+
+    @property
+    def largest_picture(self) -> int:
+        """Bytes of a picture's file, the rest of its request aside."""
+        return self.largest * 3 // 4 - 20_000
+
+    @property
+    def most_held(self) -> int:
+        """Bytes of requests that are read at the same time."""
+        return round(self.held_mb * 1e6)
 
     def checked_prompt(self, prompt: object) -> str:
         """`prompt` on one line; `ValueError` if there is none or it is too long."""
@@ -88,8 +108,8 @@ class Limits:
 
     def picture(self, content: bytes, name: str) -> Image.Image:
         """The picture in the bytes of a file, the first of an animation; `ValueError` naming what is wrong with it."""
-        if len(content) > self.largest:
-            raise ValueError(f"{name}: expected at most {self.upload_mb:g} MB, found {len(content) / 1e6:.1f}")
+        if len(content) > self.largest_picture:
+            raise ValueError(f"{name}: expected at most {self.largest_picture / 1e6:.1f} MB, found more")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")

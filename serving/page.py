@@ -6,7 +6,8 @@ leads back to the same answer. For programs there are /attribute, /generate and 
     from gradio_client import Client
     Client("http://127.0.0.1:7860").predict(base64_of_the_file, "red heart, noto style", 10, api_name="/attribute")
 
-Pictures come in as base64 text: no call names a file or an address that the server would open.
+Pictures come in as base64 text, from the page too: no call names a file or an address that the server would open, and
+none leaves a file on it.
 """
 
 from __future__ import annotations
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
     import gradio as gr
 
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "sans-serif")
-KEPT_SECONDS = 600
-"""Uploaded files are deleted after this time."""
 THREADS = 4
 """Requests answered at the same time."""
 FOLLOW = """(html) => {
@@ -41,6 +40,20 @@ FOLLOW = """(html) => {
   history.replaceState(null, '', link ? link.getAttribute('href') : location.pathname);
 }"""
 """Puts the permalink into the address bar."""
+CHOOSE = """<label for="picture">Picture (PNG, JPEG, WebP, GIF, BMP or TIFF, at most 50 megapixels). It is not kept, so
+its answer has no permalink.</label>
+<input type="file" id="picture" accept="image/*">"""
+READ = """async (_, prompt) => {
+  const file = document.querySelector('#picture').files[0];
+  if (!file) return [null, prompt];
+  return [await new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.onload = () => resolve(reader.result);
+    reader.onerror = () => reject(reader.error);
+    reader.readAsDataURL(file.slice(0, LARGEST + 1));
+  }), prompt];
+}"""
+"""Reads the chosen file in the browser; of one that is too large just enough for the server to say so."""
 RETRAINED = """### What is lost without them
 A smaller model of the same emoji, trained again without the images that a method finds most influential for a prompt,
 draws it from the same seed. The more its loss rises, the more those images mattered."""
@@ -106,9 +119,7 @@ def build_app(world: World) -> gr.Blocks:
 
     example = world.queries.caption(0)
     prompts = [(f"{row}: {world.queries.caption(row)}", row) for row in range(len(world.queries))]
-    with gr.Blocks(
-        title="FastGDA", analytics_enabled=False, fill_width=True, delete_cache=(KEPT_SECONDS, KEPT_SECONDS)
-    ) as app:
+    with gr.Blocks(title="FastGDA", analytics_enabled=False, fill_width=True) as app:
         gr.Markdown("# FastGDA\nWhich training images made this picture? Most influential first.")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
@@ -120,7 +131,8 @@ def build_app(world: World) -> gr.Blocks:
                         seed = gr.Number(value=0, precision=0, minimum=0, label="Seed", elem_id="seed")
                         draw = gr.Button("Generate and find its sources", variant="primary", elem_id="draw")
                     with gr.Tab("Upload", id="upload"):
-                        upload = gr.File(label="Picture, at most 50 megapixels", height=140, elem_id="upload")
+                        gr.HTML(CHOOSE, elem_id="upload")
+                        content = gr.Textbox(visible=False)
                         prompt = gr.Textbox(label="Its prompt", placeholder=example, elem_id="prompt")
                         submit = gr.Button("Find its sources", variant="primary", elem_id="submit")
                 picture = gr.HTML(elem_id="query")
@@ -163,9 +175,10 @@ def build_app(world: World) -> gr.Blocks:
             ),
             gr.on(
                 [submit.click, prompt.submit],
-                lambda path, words: show_upload(world, path, words),
-                [upload, prompt],
+                lambda text, words: show_upload(world, text, words),
+                [content, prompt],
                 outputs,
+                js=READ.replace("LARGEST", str(world.limits.largest_picture)),
                 **options,
             ),
         ]
@@ -195,6 +208,8 @@ def launch(app: gr.Blocks, service: Service, host: str, port: int) -> str:
     from starlette.middleware import Middleware
 
     theme = gr.themes.Default(font=list(FONTS), font_mono=["ui-monospace", "monospace"])
+    # unless told which proxies to believe, uvicorn would believe whoever asks from this machine
+    os.environ.setdefault("FORWARDED_ALLOW_IPS", "")
     app.queue(max_size=service.limits.queue_length)
     service.jobs = lambda: jobs_of(app)
     _, url, _ = app.launch(
@@ -207,7 +222,6 @@ def launch(app: gr.Blocks, service: Service, host: str, port: int) -> str:
         ssr_mode=False,
         footer_links=[],
         run_history=False,
-        max_file_size=service.limits.largest,
         prevent_thread_lock=True,
         app_kwargs={"middleware": [Middleware(Guard, service=service)]},
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from urllib.parse import urlencode
 
 import numpy as np
@@ -14,6 +13,7 @@ from fastgda.attributor import Attribution
 from serving import html
 from serving.answer import Answer
 from serving.guard import log
+from serving.limits import from_base64
 from serving.retrained import Retrained
 from serving.world import World
 
@@ -140,15 +140,14 @@ def show_query(world: World, query: int) -> Shown:
     return shown(world, logged("query", lambda: world.stored(query, world.topk)))
 
 
-def show_upload(world: World, path: str | None, prompt: str | None) -> Shown:
-    """What the page shows for an uploaded file and its prompt; a mistake becomes a message."""
+def show_upload(world: World, text: str | None, prompt: str | None) -> Shown:
+    """What the page shows for an uploaded file, as base64 text, and its prompt; a mistake becomes a message."""
 
     def work() -> Answer:
-        if path is None:
+        if text is None:
             raise ValueError("Choose a picture first.")
         words = world.limits.checked_prompt(prompt)
-        image = world.limits.picture(Path(path).read_bytes(), Path(path).name)
-        return world.answer(image, words, world.topk)
+        return world.answer(world.limits.picture(from_base64(text), "picture"), words, world.topk)
 
     try:
         return shown(world, logged("upload", work))

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import base64
 import json
+import re
+import subprocess
 import urllib.error
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import gradio_client
+import numpy as np
 import pytest
 from demo_world import IMAGES, QUERIES, load, served, write_world
-from http_calls import as_text, call, get, post
+from http_calls import as_text, call, get, post_bytes
 from PIL import Image
 from small_world import COLOURS, SHAPES, draw
 
+from fastgda.core import ROOT
 from serving.limits import Limits
 from serving.world import World
 
@@ -46,6 +51,17 @@ def test_attribute_answers_what_the_world_does(url: str, world: World) -> None:
     assert [share["share"] for share in told["shares"]] == pytest.approx([s.share for s in expected.shares])
     assert {"encode", "embed", "search", "metadata"} == told["milliseconds"].keys() and told["query"] is None
     assert told["method"]["training_images"] == IMAGES and len(told["caveats"]) == 3
+
+
+def test_curl_of_the_readme_sends_a_picture_of_any_size(url: str, tmp_path: Path) -> None:
+    """The example as it stands there, with a picture longer than a command line may be."""
+    noise = np.random.default_rng(0).integers(0, 256, (300, 300, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "heart.png")
+    assert (tmp_path / "heart.png").stat().st_size > 200_000
+    (example,) = re.findall(r"```bash\n(EVENT=.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    script = example.replace("localhost:7860", url.removeprefix("http://"))
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("event: complete") and '"red heart, noto style"' in done.stdout, done.stderr
 
 
 def test_python_client_generates_and_asks_for_stored_queries(url: str, world: World) -> None:
@@ -99,26 +115,39 @@ def test_answers_are_never_mixed_up(url: str, world: World) -> None:
 
 
 def test_no_file_of_the_server_is_read(url: str, world: World) -> None:
-    secret = Path(world.images.path)
-    for path in ("/etc/passwd", str(secret), "pyproject.toml", "../pyproject.toml"):
+    secret = str(Path(world.images.path))
+    for path in ("/etc/passwd", secret, "pyproject.toml", "../pyproject.toml", f"{url}/health"):
         status, text = get(f"{url}/gradio_api/file={path}")
-        assert status >= 400 and "root:" not in text
-    config = json.loads(get(f"{url}/config")[1])
-    upload = next(
-        part["id"]
-        for part in config["dependencies"]
-        if len(part["inputs"]) == 2 and any(target[1] == "submit" for target in part["targets"])
-        for block in config["components"]
-        if block["id"] == part["inputs"][0] and block["type"] == "file"
-    )
-    for path in ("/etc/passwd", str(secret)):
+        assert status == 404 and path not in text
         given = {"path": path, "orig_name": "x.png", "meta": {"_type": "gradio.FileData"}}
-        post(f"{url}/gradio_api/queue/join", {"data": [given, "x"], "fn_index": upload, "session_hash": path[-4:]})
-        _, text = get(f"{url}/gradio_api/queue/data?session_hash={path[-4:]}")
-        assert '"success":false' in text.replace(" ", "") and "root:" not in text and path not in text
-    with pytest.raises(urllib.error.HTTPError, match="400"):
-        given = {"path": f"{url}/health", "meta": {"_type": "gradio.FileData"}}
-        post(f"{url}/gradio_api/queue/join", {"data": [given, "x"], "fn_index": upload, "session_hash": "s"})
+        for kind in ("application/json", "Application/JSON; charset=utf-8", "application/vnd.x+json"):
+            body = json.dumps({"data": [given, "x", 5]}).encode()
+            status, text = post_bytes(f"{url}/gradio_api/call/attribute", body, content_type=kind)
+            assert status in (400, 415) and path not in text
+
+
+def test_nothing_is_left_on_the_disk(url: str) -> None:
+    """There is no upload; Gradio's answered with the path of the file on the server."""
+    form = b'--b\r\nContent-Disposition: form-data; name="files"; filename="x.html"\r\n\r\n<b>\r\n--b--\r\n'
+    status, text = post_bytes(f"{url}/gradio_api/upload", form, content_type="multipart/form-data; boundary=b")
+    assert status == 404 and "x.html" not in text and "/tmp" not in text
+
+
+def test_clients_cannot_choose_their_address(world: World) -> None:
+    with served(replace(world, limits=Limits(requests_per_minute=3))) as (url, _):
+        sent = [
+            post_bytes(f"{url}/gradio_api/call/query", b'{"data": [1, 3]}', x_forwarded_for=f"10.0.0.{number}")[0]
+            for number in range(5)
+        ]
+        assert sent == [200, 200, 200, 429, 429]
+
+
+def test_health_is_answered_beside_a_large_body(url: str) -> None:
+    body = b'{"data": [' + b"{}," * 500_000 + b"1]}"
+    with ThreadPoolExecutor(4) as pool:
+        large = [pool.submit(post_bytes, f"{url}/gradio_api/call/query", body) for _ in range(4)]
+        assert get(f"{url}/health")[0] == 200
+        assert {reply.result()[0] for reply in large} == {413}
 
 
 def test_only_the_api_is_offered_and_no_path_is_told(url: str, world: World) -> None:

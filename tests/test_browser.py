@@ -18,6 +18,7 @@ import demo
 from benchmark.screenshot_demo import CHROMIUM_FLAGS, INSTALL, find_chromium
 from benchmark.screenshot_demo import main as screenshot
 from feature_extraction.readers import open_image
+from serving.limits import Limits
 from serving.world import World
 
 
@@ -28,7 +29,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def world(data: Path) -> World:
-    return load(data)
+    return load(data, Limits(upload_mb=2))
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +113,6 @@ def test_browser_attributes_an_upload(visit: Visit, world: World, data: Path, tm
     (tmp_path / "mine.png").write_bytes(png(picture))
     page.get_by_role("tab", name="Upload").click()
     page.locator("#upload input[type=file]").set_input_files(tmp_path / "mine.png")
-    page.locator("#upload").get_by_text("mine").first.wait_for()
     page.locator("#prompt textarea").fill("orange triangle, outline style")
     page.locator("#submit").click()
     page.locator("#query .small", has_text="your picture").wait_for()
@@ -130,11 +130,16 @@ def test_browser_shows_a_message_for_what_is_no_picture(visit: Visit, tmp_path: 
     page.locator("#submit").click()
     page.locator("#status [role=alert]", has_text="Choose a picture first.").wait_for()
     page.locator("#upload input[type=file]").set_input_files(tmp_path / "notes.png")
-    page.locator("#upload").get_by_text("notes").first.wait_for()
     page.locator("#prompt textarea").fill("a note")
     page.locator("#submit").click()
-    page.locator("#status [role=alert]", has_text="notes.png: expected an image").wait_for()
+    page.locator("#status [role=alert]", has_text="picture: expected an image").wait_for()
     assert visit.captions("tuned") == []
+    assert "no permalink" in page.locator("#upload").inner_text()
+    page.locator("#upload input[type=file]").set_input_files(
+        {"name": "large.png", "mimeType": "image/png", "buffer": b"x" * 3_000_000}
+    )
+    page.locator("#submit").click()
+    page.locator("#status [role=alert]", has_text="picture: expected at most 1.5 MB").wait_for()
     page.get_by_role("tab", name="Stored").click()
     page.get_by_label("Prompt", exact=True).click()
     page.get_by_role("option").nth(1).click()
@@ -195,7 +200,6 @@ def test_browser_shows_released_data_without_what_it_lacks(browser: Any, tmp_pat
         (tmp_path / "mine.png").write_bytes(png(draw("orange", "triangle", "outline")))
         page.get_by_role("tab", name="Upload").click()
         page.locator("#upload input[type=file]").set_input_files(tmp_path / "mine.png")
-        page.locator("#upload").get_by_text("mine").first.wait_for()
         page.locator("#prompt textarea").fill("an orange triangle")
         page.locator("#submit").click()
         page.locator("#query .small", has_text="your picture").wait_for()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import json
 import os
@@ -32,6 +33,7 @@ from demo_world import (
     write_coco,
     write_world,
 )
+from http_calls import as_text
 from PIL import Image
 from small_world import draw, png, write_ranker
 
@@ -220,27 +222,22 @@ def test_released_data_of_another_feature_is_refused(coco: Path, capsys) -> None
     ("content", "prompt", "complaint"),
     [
         (None, "red circle", "Choose a picture first."),
-        (b"no picture", "red circle", "up.png: expected an image"),
-        (png(Image.new("1", (9_000, 6_000))), "red circle", "up.png: expected at most 50 megapixels"),
-        (png(draw("red", "circle", "flat"))[:80], "red circle", "up.png: expected"),
+        (b"no picture", "red circle", "picture: expected an image"),
+        (png(Image.new("1", (9_000, 6_000))), "red circle", "picture: expected at most 50 megapixels"),
+        (png(draw("red", "circle", "flat"))[:80], "red circle", "picture: expected"),
         (png(draw("red", "circle", "flat")), " \n", "Type the prompt"),
         (png(draw("red", "circle", "flat")), None, "Type the prompt"),
     ],
 )
-def test_mistakes_become_messages(
-    world: World, tmp_path: Path, content: bytes | None, prompt: str | None, complaint: str
-) -> None:
-    path = None
-    if content is not None:
-        path = str(tmp_path / "up.png")
-        Path(path).write_bytes(content)
-    status, *rest = views.show_upload(world, path, prompt)
+def test_mistakes_become_messages(world: World, content: bytes | None, prompt: str | None, complaint: str) -> None:
+    text = None if content is None else "data:image/png;base64," + base64.b64encode(content).decode()
+    status, *rest = views.show_upload(world, text, prompt)
     assert complaint in status and 'role="alert"' in status and set(rest) == {""}
 
 
-def test_markup_in_a_prompt_is_text(world: World, tmp_path: Path) -> None:
-    (tmp_path / "up.png").write_bytes(png(draw("red", "circle", "flat")))
-    _, shown, *_ = views.show_upload(world, str(tmp_path / "up.png"), '<script>alert(1)</script> "quoted"')
+def test_markup_in_a_prompt_is_text(world: World) -> None:
+    text = as_text(draw("red", "circle", "flat"))
+    _, shown, *_ = views.show_upload(world, text, '<script>alert(1)</script> "quoted"')
     assert "<script>" not in shown and "&lt;script&gt;" in shown and "&quot;quoted&quot;" in shown
 
 

@@ -89,7 +89,7 @@ def test_broken_exif_does_not_hide_the_picture() -> None:
         (huge_png(2**31 - 1, 2**31 - 1), "expected"),
         (huge_png(500, 500), "x: expected a whole image"),
         (encoded(gradient(), "PNG")[:-40], "x: expected a whole image"),
-        (b"x" * 1_000_001, "x: expected at most 1 MB, found 1.0"),
+        (b"x" * 730_001, "x: expected at most 0.7 MB, found more"),
     ],
 )
 def test_what_is_no_picture_is_named(content: bytes, complaint: str) -> None:
@@ -181,7 +181,7 @@ def call(
 
 
 def test_guard_limits_requests() -> None:
-    service = Service(Limits(upload_mb=0.001, requests_per_minute=12, timeout_s=0.05), {"images": 3})
+    service = Service(Limits(upload_mb=0.001, requests_per_minute=12, timeout_s=0.5), {"images": 3})
     assert call(service, parts=[b'{"a"', b": 1}"]) == (200, b"8")
     assert call(service, parts=[b"[" + b"1," * 400, b"1]" * 400])[0] == 413
     assert call(service, content_length="1001")[0] == 413
@@ -189,14 +189,65 @@ def test_guard_limits_requests() -> None:
     assert call(service, parts=[b"not json"])[0] == 400
     assert call(service, parts=[b"[" * 900])[0] == 400
     assert call(service, parts=[])[0] == 408
-    address = json.dumps({"data": [{"path": "http://127.0.0.1:1/x", "meta": {}}]}).encode()
-    assert call(service, parts=[address]) == (400, b'{"error": "Expected an uploaded file, found an address."}')
-    assert call(service, parts=[b"--form"], content_type="multipart/form-data; boundary=x") == (200, b"6")
     assert call(service, method="GET", parts=[b""]) == (200, b"0")
+    assert call(service, method="DELETE")[0] == 404
+    assert call(service, parts=[b"{}"], content_type=" Application/JSON ; charset=utf-8") == (200, b"2")
     assert [call(service)[0] for _ in range(4)] == [200, 200, 200, 429]
     status, body = call(service, path="/health", method="GET")
     assert status == 200 and json.loads(body)["status"] == "ok" and json.loads(body)["images"] == 3
     assert json.loads(body)["under_way"] == 1 and json.loads(body)["served"] >= 13
+
+
+@pytest.mark.parametrize(
+    "kind", ["application/vnd.x+json", "text/plain", "multipart/form-data; boundary=x", "application/jsonx", ""]
+)
+def test_only_json_is_taken(kind: str) -> None:
+    """Gradio would parse some of these as JSON, after the guard had not looked at it."""
+    assert call(Service(LIMITS, {}), content_type=kind)[0] == 415
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/gradio_api/upload", "/gradio_api/component_server", "/gradio_api/run/x", "/gradio_api/stream/1", "/login"),
+        *("/gradio_api/call/v2/x", "/gradio_api/process_recording", "/gradio_api/call/../upload"),
+    ],
+)
+def test_nothing_else_is_offered(path: str) -> None:
+    assert call(Service(LIMITS, {}), path)[0] == 404
+
+
+@pytest.mark.parametrize("path", ["file=/etc/passwd", "file=http://127.0.0.1/", "proxy=http://x.hf.space/", "file/x"])
+def test_no_file_or_address_is_read(path: str) -> None:
+    assert call(Service(LIMITS, {}), f"/gradio_api/{path}", method="GET", parts=[b""])[0] == 404
+
+
+@pytest.mark.parametrize(
+    ("content", "status"),
+    [
+        (b'{"data": [' + b"{}," * 300_000 + b"1]}", 413),
+        (json.dumps({"data": ["x" * 900_000], "session_hash": "y"}).encode(), 200),
+        (json.dumps({"data": [], "session_hash": "y" * 20_000}).encode(), 413),
+        (json.dumps({"data": [{"path": "http://127.0.0.1:1/x"}]}).encode(), 400),
+        (json.dumps({"data": [[{"a": [{"url": "http://127.0.0.1:1/x"}]}]]}).encode(), 400),
+        (json.dumps({"data": [], "event_data": {"path": "/etc/passwd"}}).encode(), 400),
+        (b"[1]", 400),
+        (b'"text"', 400),
+        (b"", 400),
+        (b"\xff\xfe{}", 400),
+        (b'{"data": [' + b"9" * 900_000 + b"]}", 400),
+    ],
+)
+def test_json_is_small_around_one_picture(content: bytes, status: int) -> None:
+    assert call(Service(LIMITS, {}), parts=[content])[0] == status
+
+
+def test_requests_together_are_bounded() -> None:
+    """Two halves of the same megabyte at once are too many; nothing is held afterwards, whatever happened."""
+    service = Service(Limits(upload_mb=1, held_mb=0.5), {})
+    assert call(service, parts=[b'{"data": "', b"x" * 600_000, b'"}'])[0] == 503
+    assert call(service, parts=[b"not json"])[0] == 400
+    assert call(service)[0] == 200 and service.held == 0
 
 
 def test_log_has_no_prompts(caplog) -> None:
