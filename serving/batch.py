@@ -10,8 +10,8 @@ shares-<first row>.parquet         query, key, creator, share, low, high, images
 skipped.json                       pictures that could not be read
 manifest.json                      when all is done
 
-A part is written whole, so after Ctrl-C the same command goes on from the last one; with another source, bundle or k,
-or once images were removed from the index, it refuses to mix results.
+A part is written whole, so after Ctrl-C the same command goes on from the last one. With another source, bundle or k,
+or once the index changed, be it while the command runs, it refuses to mix results.
 """
 
 from __future__ import annotations
@@ -99,6 +99,15 @@ def inputs_of(bundle: Bundle, pictures: Pictures) -> dict[str, str]:
     }
 
 
+def same_index(bundle: Bundle, journal: str) -> None:
+    """`ValueError` if the index changed since its journal had the hash `journal`: an opt-out holds for all parts."""
+    if sha256_file(bundle.path / INDEX / JOURNAL) != journal:
+        raise ValueError(
+            f"{bundle.path / INDEX}: expected the index as it was at the beginning, found images added or removed "
+            "since; delete the results and begin again"
+        )
+
+
 def attribute_rows(attributor: Attributor, pictures: Pictures, rows: range, depth: int) -> Iterator[tuple]:
     """(row, attribution, None) of each picture, or (row, None, reason) where it cannot be read."""
     for start in range(rows.start, rows.stop, BATCH):
@@ -173,12 +182,14 @@ def run(attributor: Attributor, pictures: Pictures, out: Path, config: BatchConf
     ) as bar:
         for start in starts:
             if start not in done:
+                same_index(attributor.bundle, inputs["index"])
                 skipped += write_part(attributor, pictures, rows[start], out, config.k, bar)
             if len(skipped) > config.max_corrupt * len(pictures):
                 raise ValueError(
                     f"{pictures.path}: expected at most {config.max_corrupt:.2%} unreadable pictures (--max_corrupt), "
                     f"found {len(skipped)} of {len(pictures)}; the first: {skipped[0]['reason']}"
                 )
+    same_index(attributor.bundle, inputs["index"])
     save_json(out / SKIPPED, sorted(skipped, key=lambda entry: entry["id"]))
     write_manifest(
         out,

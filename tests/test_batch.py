@@ -100,6 +100,25 @@ def test_results_of_other_work_are_not_mixed(bundle: Path, folder: Path, tmp_pat
     assert run(own, folder, tmp_path / "out") == 2
 
 
+@pytest.mark.parametrize("part", [0, 2, 4])
+def test_an_image_removed_while_parts_are_written_ends_the_command(
+    bundle: Path, folder: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch, part: int
+) -> None:
+    """Whichever part it is, the last one too: parts of before and after are not passed off as one result."""
+    own, original = shutil.copytree(bundle, tmp_path / "own"), batch.write_part
+
+    def removed_after(attributor, pictures, rows, *rest):
+        done = original(attributor, pictures, rows, *rest)
+        if rows.start == part:
+            attributor.bundle.index.remove(np.array([0]), command="opt-out")
+        return done
+
+    monkeypatch.setattr(batch, "write_part", removed_after)
+    assert run(own, folder, tmp_path / "out", "--part_rows", "2") == 2
+    assert "expected the index as it was at the beginning" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
 def test_webdataset_and_dry_run(bundle: Path, tmp_path: Path, capsys) -> None:
     with tarfile.open(tmp_path / "generated.tar", "w") as archive:
         for name, content in (("a.png", png(PICTURES[0])), ("a.txt", b"prompt 0")):
