@@ -16,6 +16,7 @@ from fastgda.credit import LEVEL, Credit, Share
 
 SHOWN = ("caption", "creator", "licence", "url")
 """What is told of a training image. Not its path: that is where it lies on the server."""
+NO_INFLUENCE = "No training image among the first has positive influence."
 CAVEATS = (
     "The order is predicted by a ranker that learned it from a teacher, which estimates how the generated image's loss "
     "would change had a training image been unlearned. Neither is proof that an image was copied.",

@@ -3,7 +3,8 @@
     python -m serving.report bundles/emoji heart.png --prompt "red heart, noto style" --out report.html \\
         --images data/emoji/trainset/emoji.parquet
 
-Writes <out> and, beside it, the same as .json. `--images` is where the training pictures are shown from (row = id).
+Writes <out> and, beside it, the same as .json. `--images` is where the training pictures are shown from (row = id);
+they must be those of the bundle.
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ import html
 import json
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from fastgda.core import atomic_path, command_line, command_parser, save_json
+from fastgda.index.backend import check_k
 from feature_extraction.sources import Pictures, open_source
 from serving import html as pieces
-from serving.answer import Answer, creators_of, document, method
+from serving.answer import NO_INFLUENCE, Answer, creators_of, document, method
 from serving.attributor import Attributor, Picture, read_picture
 from serving.bundle import weights_for
 
@@ -36,26 +39,44 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px; overf
 
 
 def report(attributor: Attributor, picture: Picture, prompt: str, k: int) -> Answer:
-    """The answer of a bundle for one picture."""
+    """The answer of a bundle for one picture; `ValueError` unless `k` is from 1 to the number of its images."""
     bundle = attributor.bundle
+    check_k(k, len(bundle.index))
     image = read_picture(picture, "image")
     found = attributor.attribute(image, prompt, bundle.depth(k))
     shares = () if bundle.credit is None else bundle.credit.shares(found.scores, creators_of(found.metadata))
     return Answer(image, prompt, found, shares)
 
 
+def training_picture(training: Pictures, entry: Mapping[str, Any]) -> Image.Image:
+    """The picture of an image found; `ValueError` if `training` has none of its id or says something else of it."""
+    row, captions = entry["id"], training.captions
+    if row >= len(training):
+        raise ValueError(
+            f"--images {training.path}: expected the training pictures, found {len(training)} and no {row}"
+        )
+    if entry["caption"] is not None and entry["caption"] not in captions[row]:
+        raise ValueError(
+            f"--images {training.path}: expected the training pictures, found another caption for {row}: "
+            f"{training.caption(row)!r:.60} instead of {entry['caption']!r:.60}"
+        )
+    return training.image(row)
+
+
 def page(found: dict[str, Any], answer: Answer, depth: int, training: Pictures | None) -> str:
     """The report of the JSON document `found` as HTML that needs no other file."""
     figures = []
     for entry in found["images"]:
-        image: Image.Image | None = None if training is None else training.image(entry["id"])
+        image = None if training is None else training_picture(training, entry)
         notes = [f"id {entry['id']}", *(str(entry[key]) for key in ("creator", "licence", "url") if entry[key])]
         notes.append(f"score {entry['score']:.3f}")
         if "influence" in entry:
             notes.append(f"influence {entry['influence']:.2f}")
         figures.append(pieces.card(image, entry["caption"] or "", notes))
-    chart = pieces.chart(answer.shares, answer.truth, depth) if answer.shares else pieces.message("No credit rule.")
     how = found["method"]
+    chart = pieces.message("No credit rule." if how["credit"] is None else NO_INFLUENCE)
+    if answer.shares:
+        chart = pieces.chart(answer.shares, answer.truth, depth)
     facts = {
         "made": found["made"],
         "encoder": how["encoder"]["ftype"],

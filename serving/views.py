@@ -11,7 +11,7 @@ from PIL import Image
 
 from fastgda.attributor import Attribution
 from serving import html
-from serving.answer import Answer
+from serving.answer import NO_INFLUENCE, Answer
 from serving.guard import log
 from serving.limits import from_base64
 from serving.retrained import Retrained
@@ -92,7 +92,7 @@ def shown(world: World, answer: Answer) -> Shown:
         origin, link = f"generated from seed {answer.seed}", urlencode({"prompt": answer.prompt, "seed": answer.seed})
     shares = html.message("No shares: the teacher's scores of validation queries are missing.")
     if world.credit is not None:
-        shares = html.message("No training image among the first has positive influence.")
+        shares = html.message(NO_INFLUENCE)
     if not world.has_creators:
         shares = ""
     elif answer.shares and world.credit is not None:

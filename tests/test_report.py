@@ -6,9 +6,14 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from small_world import build_bundle, draw, png, write_bundle
 
+from fastgda.core import sha256_file
+from fastgda.credit import Credit
+from fastgda.magnitude import Magnitude
 from serving import Attributor, report
 
 
@@ -60,5 +65,29 @@ def test_without_a_credit_rule_there_are_no_shares(data: Path, tmp_path: Path) -
 def test_mistakes_are_named(data: Path, tmp_path: Path, capsys) -> None:
     assert run(data, tmp_path / "r.txt") == 2
     assert "expected a name ending in .html" in capsys.readouterr().err
-    assert run(data, tmp_path / "r.html", "--k", "99") == 2
-    assert "k = 99: expected 1 to 35" in capsys.readouterr().err
+    for k in ("99", "0", "-1"):
+        assert run(data, tmp_path / "r.html", "--k", k) == 2
+        assert f"k = {k}: expected 1 to 35" in capsys.readouterr().err
+    assert not (tmp_path / "r.html").exists() and not (tmp_path / "r.json").exists()
+
+
+def test_training_pictures_are_those_of_the_bundle(data: Path, tmp_path: Path, capsys) -> None:
+    table = pq.read_table(data / "trainset" / "emoji.parquet")
+    pq.write_table(table.slice(0, 1), tmp_path / "short.parquet")
+    assert run(data, tmp_path / "r.html", "--images", str(tmp_path / "short.parquet")) == 2
+    error = capsys.readouterr().err
+    assert "short.parquet: expected the training pictures, found 1 and no" in error
+    ids = table.column("id")
+    pq.write_table(table.take(list(range(35, -1, -1))).set_column(0, "id", ids), tmp_path / "other.parquet")
+    assert run(data, tmp_path / "r.html", "--images", str(tmp_path / "other.parquet")) == 2
+    assert "other.parquet: expected the training pictures, found another caption for" in capsys.readouterr().err
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_a_rule_that_finds_no_influence_is_not_missing(data: Path, tmp_path: Path) -> None:
+    magnitude = Magnitude(np.array([-1.0, 1.0]), np.array([-2.0, -1.0]), np.array([0.1, 0.1]))
+    Credit(magnitude, 1.0, 10, sha256_file(data / "ranker.pth"), "nothing").save(tmp_path / "credit.json")
+    assert build_bundle(data, data / "negative", credit=tmp_path / "credit.json") == 0
+    assert run(data, tmp_path / "r.html", bundle="negative") == 0
+    page = (tmp_path / "r.html").read_text()
+    assert "No training image among the first has positive influence." in page and "No credit rule." not in page
