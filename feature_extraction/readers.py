@@ -30,7 +30,7 @@ def open_image(source: bytes | str | Path, name: str = "") -> Image.Image:
     """A whole RGB image, upright by its EXIF tag, transparent parts on white.
 
     The size is read from the header before any pixel is decoded. `name` is what errors call an image given as
-    bytes. Raises `ValueError` if it is no image, is truncated, or has more than 50 megapixels.
+    bytes. Raises `ValueError` if it is no image, is truncated, or has no pixels or more than 50 megapixels.
     """
     if not isinstance(source, bytes):
         name = name or str(source)
@@ -42,16 +42,23 @@ def open_image(source: bytes | str | Path, name: str = "") -> Image.Image:
     except (OSError, ValueError, SyntaxError, struct.error) as error:
         raise ValueError(f"{name}: expected an image (PNG, JPEG, WebP, GIF, ...), found something else") from error
     with picture:
-        if picture.width * picture.height > MAX_PIXELS:
-            raise ValueError(
-                f"{name}: expected at most {MAX_PIXELS / 1e6:.0f} megapixels, "
-                f"found {picture.width} x {picture.height} = {picture.width * picture.height / 1e6:.1f}"
-            )
-        try:
-            picture.load()
-            return _on_white(ImageOps.exif_transpose(picture))
-        except (OSError, ValueError, SyntaxError, EOFError, struct.error) as error:
-            raise ValueError(f"{name}: expected a whole image, found a damaged or truncated one ({error})") from error
+        return plain(picture, name)
+
+
+def plain(picture: Image.Image, name: str) -> Image.Image:
+    """The same of a picture that Pillow has opened, or that was made in memory; `picture` itself is left as it is."""
+    if min(picture.size) < 1:
+        raise ValueError(f"{name}: expected an image, found one of {picture.width} x {picture.height} pixels")
+    if picture.width * picture.height > MAX_PIXELS:
+        raise ValueError(
+            f"{name}: expected at most {MAX_PIXELS / 1e6:.0f} megapixels, "
+            f"found {picture.width} x {picture.height} = {picture.width * picture.height / 1e6:.1f}"
+        )
+    try:
+        picture.load()
+        return _on_white(ImageOps.exif_transpose(picture))
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error) as error:
+        raise ValueError(f"{name}: expected a whole image, found a damaged or truncated one ({error})") from error
 
 
 def _on_white(picture: Image.Image) -> Image.Image:

@@ -21,7 +21,7 @@ from PIL import Image
 from fastgda.attributor import Attribution, Clock, FeatureAttributor, Untuned
 from fastgda.index import Embedder
 from feature_extraction.encoders import Encoder, load_encoder
-from feature_extraction.readers import open_image
+from feature_extraction.readers import open_image, plain
 from serving.bundle import Bundle, copy_bundle
 
 Picture = Image.Image | bytes | str | Path
@@ -72,9 +72,12 @@ class Attributor:
         return copy_bundle(self.bundle, Path(path))
 
     def features(self, images: Sequence[Picture], prompts: Sequence[str]) -> np.ndarray:
-        """[Q, D] features of pictures and their prompts; `ValueError` naming a picture that cannot be read."""
+        """[Q, D] features of pictures and their prompts; `ValueError` naming what cannot be read or is no text."""
         if len(images) != len(prompts):
             raise ValueError(f"prompts: expected one for each of {len(images)} images, found {len(prompts)}")
+        for row, prompt in enumerate(prompts):
+            if not isinstance(prompt, str):
+                raise ValueError(f"prompt {row}: expected text, found {prompt!r:.40}")
         parts = []
         for start in range(0, len(images), BATCH):
             some = range(start, min(start + BATCH, len(images)))
@@ -95,7 +98,7 @@ class Attributor:
 
 
 def read_picture(picture: Picture, name: str) -> Image.Image:
-    """A picture however it is given; `name` is what errors call one given as bytes."""
+    """A picture however it is given, as a file of it would be read; `name` is what errors call one without a path."""
     if isinstance(picture, Image.Image):
-        return picture
+        return plain(picture, name)
     return open_image(picture, name if isinstance(picture, bytes) else "")

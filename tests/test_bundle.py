@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from small_world import build_bundle, draw, png, write_bundle, write_ranker
 
 from fastgda.core import sha256_file
@@ -65,6 +68,32 @@ def test_a_picture_is_attributed_as_by_hand(data: Path, bundle: Path, tmp_path: 
         attributor.attribute_batch([picture, b"nothing"], ["a", "b"])
     with pytest.raises(ValueError, match="prompts: expected one for each of 2 images, found 1"):
         attributor.attribute_batch([picture, picture], ["a"])
+
+
+def test_pictures_in_memory_are_read_as_their_files_are(bundle: Path) -> None:
+    attributor = Attributor.from_pretrained(bundle, verify=False)
+    clear = draw("red", "circle", "flat").convert("RGBA")
+    clear.putalpha(Image.fromarray(np.tile(np.arange(64, dtype=np.uint8) * 4, (64, 1))))
+    clear.paste((0, 0, 0, 0), (0, 0, 64, 20))
+    deep = Image.fromarray(np.asarray(draw("blue", "square", "flat").convert("L"), dtype=np.uint16) * 257)
+    turned = draw("blue", "triangle", "flat")
+    turned.getexif()[0x0112] = 6
+    exif = BytesIO()
+    turned.save(exif, "PNG", exif=turned.getexif())
+    for picture, content in ((clear, png(clear)), (deep, png(deep)), (turned, exif.getvalue())):
+        as_file, as_object = (attributor.features([given], ["x"]) for given in (content, picture))
+        assert np.array_equal(as_file, as_object)
+    with pytest.raises(ValueError, match="image 0: expected an image, found one of 0 x 5 pixels"):
+        attributor.attribute(Image.new("RGB", (0, 5)), "x")
+    with pytest.raises(ValueError, match="image 0: expected at most 50 megapixels, found 9000 x 6000"):
+        attributor.attribute(Image.new("1", (9000, 6000)), "x")
+
+
+@pytest.mark.parametrize("prompt", [None, 5, b"red"])
+def test_prompts_are_text_even_where_no_encoder_reads_them(bundle: Path, prompt: Any) -> None:
+    attributor = Attributor.from_pretrained(bundle, verify=False)
+    with pytest.raises(ValueError, match="prompt 1: expected text, found"):
+        attributor.attribute_batch([draw("red", "circle", "flat")] * 2, ["x", prompt])
 
 
 def test_threads_and_batches_get_the_same_answers(bundle: Path) -> None:
