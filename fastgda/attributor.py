@@ -28,6 +28,8 @@ class Searchable(Protocol):
     def search(self, queries: np.ndarray, k: int) -> Neighbours:
         """The `k` training images of the highest inner product with each of `queries` [Q, E]."""
 
+    def __len__(self) -> int: ...
+
 
 class Untuned:
     """The features before any training, L2-normalised: scores are their cosines."""

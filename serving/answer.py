@@ -28,6 +28,17 @@ CAVEATS = (
 
 
 @dataclass(frozen=True)
+class Judged:
+    """A training image in the teacher's ranking of a stored query."""
+
+    rank: int
+    """From 1."""
+    score: float | None
+    """The teacher's; absent where only ranks are known."""
+    known: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Answer:
     """The training images found for one picture."""
 
@@ -44,10 +55,19 @@ class Answer:
     untuned: Attribution | None = None
     """By the features before any training."""
     distances: np.ndarray | None = None
-    """[k] cosine distances of the images of `tuned` from the picture, under the features before any training."""
+    """[k] cosine distances of the images of `tuned` from the picture, under the features before any training; NaN where
+    an image's features are not at hand."""
+    judged: tuple[Judged, ...] = ()
+    """The first of the teacher's ranking, for a stored query."""
     truth: Mapping[str, float] | None = None
     """The teacher's shares, for a stored query."""
     generate_seconds: float = 0.0
+
+    @property
+    def ids(self) -> np.ndarray:
+        """All training images that it names."""
+        untuned = [] if self.untuned is None else [self.untuned.ids]
+        return np.concatenate([self.tuned.ids, *untuned, np.array([one.known["id"] for one in self.judged], np.int64)])
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -79,7 +99,7 @@ def document(answer: Answer, how: Mapping[str, Any], k: int, credit: Credit | No
     for place, entry in enumerate(found):
         if influence is not None:
             entry["influence"] = float(influence[place])
-        if answer.distances is not None:
+        if answer.distances is not None and np.isfinite(answer.distances[place]):
             entry["distance"] = float(answer.distances[place])
     return {
         "prompt": answer.prompt,

@@ -62,8 +62,8 @@ class Jobs:
 class Service:
     """What the running server is doing, and whether it should end."""
 
-    def __init__(self, limits: Limits, facts: dict[str, Any]) -> None:
-        """`facts` is what /health tells besides; whoever keeps a queue of jobs sets `jobs`."""
+    def __init__(self, limits: Limits, facts: Callable[[], dict[str, Any]]) -> None:
+        """`facts` gives what /health tells besides; whoever keeps a queue of jobs sets `jobs`."""
         self.limits = limits
         self.facts = facts
         self.rate = Rate(limits.requests_per_minute)
@@ -95,7 +95,7 @@ class Service:
         """The answer of /health."""
         status = "stopping" if self.stopping.is_set() else "ok"
         told = {"status": status, "seconds": round(time.monotonic() - self._started, 1), "under_way": self._under_way}
-        return {**told, "jobs": self.jobs().unfinished, "served": self._done, **self.facts}
+        return {**told, "jobs": self.jobs().unfinished, "served": self._done, **self.facts()}
 
     def finish(self, quiet: float = 0.5, step: float = 0.05) -> bool:
         """Refuses new work and waits until all that was accepted is answered; whether that came in time.

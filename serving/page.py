@@ -18,6 +18,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
@@ -70,26 +71,34 @@ class Api:
 
         def work() -> Answer:
             limits = self.world.limits
-            count, words = limits.checked_k(k, len(self.world.images)), limits.checked_prompt(prompt)
+            count, words = self._count(k), limits.checked_prompt(prompt)
             return self.world.answer(limits.picture(from_base64(image), "image"), words, count)
 
-        return self._told(logged("attribute", work), k)
+        return self._told("attribute", work, k)
 
     def generate(self, prompt: str, seed: int, k: int) -> dict:
         """Generates a picture from a prompt and a seed; the picture as base64 PNG and what influenced it."""
-        count = self.world.limits.checked_k(k, len(self.world.images))
-        answer = logged("generate", lambda: self.world.generated(prompt, seed, count))
-        out = BytesIO()
-        answer.image.save(out, "PNG")
-        return self._told(answer, k) | {"image": base64.b64encode(out.getvalue()).decode()}
+
+        def with_picture(answer: Answer) -> dict:
+            out = BytesIO()
+            answer.image.save(out, "PNG")
+            return self._document(answer, k) | {"image": base64.b64encode(out.getvalue()).decode()}
+
+        find = partial(logged, "generate", lambda: self.world.generated(prompt, seed, self._count(k)))
+        return self.world.told(find, with_picture)
 
     def query(self, query: int, k: int) -> dict:
         """The training images that most influenced a stored query, and the teacher's shares."""
-        count = self.world.limits.checked_k(k, len(self.world.images))
-        return self._told(logged("query", lambda: self.world.stored(query, count)), k)
+        return self._told("query", lambda: self.world.stored(query, self._count(k)), k)
 
-    def _told(self, answer: Answer, k: int) -> dict:
-        return document(answer, self.world.how, int(k), self.world.credit)
+    def _count(self, k: object) -> int:
+        return self.world.limits.checked_k(k, len(self.world.collection))
+
+    def _told(self, name: str, work: Callable[[], Answer], k: int) -> dict:
+        return self.world.told(partial(logged, name, work), lambda answer: self._document(answer, k))
+
+    def _document(self, answer: Answer, k: int) -> dict:
+        return document(answer, self.world.method, int(k), self.world.credit)
 
 
 def build_app(world: World) -> gr.Blocks:
@@ -117,15 +126,16 @@ def build_app(world: World) -> gr.Blocks:
     def query_api(query: int, k: int = 10) -> dict:
         return told(lambda: api.query(query, k))
 
-    example = world.queries.caption(0)
+    stored = len(world.queries) > 0
+    example = world.queries.caption(0) if stored else ""
     prompts = [(f"{row}: {world.queries.caption(row)}", row) for row in range(len(world.queries))]
     with gr.Blocks(title="FastGDA", analytics_enabled=False, fill_width=True) as app:
         gr.Markdown("# FastGDA\nWhich training images made this picture? Most influential first.")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 with gr.Tabs() as tabs:
-                    with gr.Tab("Stored", id="stored"):
-                        query = gr.Dropdown(prompts, value=0, label="Prompt", elem_id="stored")
+                    with gr.Tab("Stored", id="stored", visible=stored):
+                        query = gr.Dropdown(prompts, value=0 if stored else None, label="Prompt", elem_id="stored")
                     with gr.Tab("Generate", id="generate", visible=world.painter is not None):
                         new = gr.Textbox(label="What to draw", placeholder=example, elem_id="new")
                         seed = gr.Number(value=0, precision=0, minimum=0, label="Seed", elem_id="seed")
@@ -145,10 +155,10 @@ def build_app(world: World) -> gr.Blocks:
                     with gr.Column(min_width=260):
                         gr.Markdown("### Tuned: learned from the teacher")
                         tuned = gr.HTML(elem_id="tuned")
-                    with gr.Column(min_width=260):
+                    with gr.Column(min_width=260, visible=world.untuned is not None):
                         gr.Markdown("### Untuned: nearest features")
                         untuned = gr.HTML(elem_id="untuned")
-                    with gr.Column(min_width=260):
+                    with gr.Column(min_width=260, visible=stored):
                         gr.Markdown("### Teacher: slow reference")
                         teacher = gr.HTML(elem_id="teacher")
         if world.retrained is not None:
@@ -157,7 +167,7 @@ def build_app(world: World) -> gr.Blocks:
 
         def opened(request: gr.Request) -> tuple:
             tab, number, words, start, found = show_address(world, dict(request.query_params))
-            return gr.Tabs(selected=tab), number, words, start, *found
+            return gr.Tabs(selected=tab), number if stored else None, words, start, *found
 
         # gradio tells by the annotation that it should pass the request, and cannot resolve the name of a late import
         opened.__annotations__["request"] = gr.Request

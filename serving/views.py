@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 from urllib.parse import urlencode
 
 import numpy as np
@@ -21,42 +22,42 @@ Shown = tuple[str, str, str, str, str, str, str]
 """HTML of (message, picture, permalink, shares, tuned gallery, untuned gallery, teacher's gallery)."""
 
 
-def gallery(world: World, found: Attribution, teacher: np.ndarray | None, distances: np.ndarray) -> str:
+def gallery(world: World, found: Attribution, teacher: np.ndarray | None, distances: np.ndarray | None) -> str:
     """The first training images found; `teacher` is the query's ranking, absent for a picture of the visitor's."""
     figures = []
     place = {} if teacher is None else {int(image): rank for rank, image in enumerate(teacher, 1)}
-    for position, image in enumerate(found.ids[: world.topk].tolist()):
-        notes = [*credits(world, image), f"score {found.scores[position]:.3f}", f"distance {distances[position]:.3f}"]
-        if image in place:
-            notes.append(f"teacher's rank {place[image]:,}")
-        agreed = place.get(image, world.level + 1) <= world.level
-        figures.append(html.card(picture_of(world, image), world.images.caption(image), notes, agreed))
+    for position, known in enumerate(found.metadata[: world.topk]):
+        assert known is not None
+        notes = [*credits(known), f"score {found.scores[position]:.3f}"]
+        if distances is not None and np.isfinite(distances[position]):
+            notes.append(f"distance {distances[position]:.3f}")
+        if known["id"] in place:
+            notes.append(f"teacher's rank {place[known['id']]:,}")
+        agreed = place.get(known["id"], world.level + 1) <= world.level
+        figures.append(card(world, known, notes, agreed))
     return html.gallery(figures)
 
 
-def credits(world: World, image: int) -> list[str]:
+def card(world: World, known: Mapping[str, Any], notes: list[str], agreed: bool = False) -> str:
+    """A training image with what is known of it."""
+    return html.card(picture_of(world, known["id"]), known.get("caption") or "", notes, agreed)
+
+
+def credits(known: Mapping[str, Any]) -> list[str]:
     """Whose a training image is, or what its dataset calls it."""
-    known = world.known[image]
     if known.get("creator"):
         return [f"by {known['creator']}"]
     return [f"image {known['key']}"] if "key" in known else []
 
 
 def picture_of(world: World, image: int) -> Image.Image | None:
-    """A training image; `None` if it cannot be read: features and captions are enough to answer."""
+    """A training image; `None` if it is not at hand or cannot be read: captions are enough to answer."""
+    if image >= len(world.images):
+        return None
     try:
         return world.images.image(image)
     except ValueError:
         return None
-
-
-def teachers_cards(world: World, ranking: np.ndarray) -> list[str]:
-    """The first training images of the teacher's ranking."""
-    cards = []
-    for rank, image in enumerate(ranking[: world.topk].tolist(), 1):
-        notes = [*credits(world, image), f"teacher's rank {rank:,}"]
-        cards.append(html.card(picture_of(world, image), world.images.caption(image), notes))
-    return cards
 
 
 def timings(answer: Answer) -> str:
@@ -68,15 +69,16 @@ def timings(answer: Answer) -> str:
 
 def shown(world: World, answer: Answer) -> Shown:
     """An answer as the page shows it."""
-    assert answer.untuned is not None and answer.distances is not None
-    line = f"{timings(answer)}, among {len(world.images):,} training images."
-    untuned_distances = np.maximum(1 - answer.untuned.scores, 0)
-    line += (
-        f" The nearest training image is at cosine distance {untuned_distances[0]:.3f}; "
-        f"training images are usually {world.typical_distance:.3f} from their nearest other."
-    )
+    line = f"{timings(answer)}, among {len(world.collection):,} training images."
+    nearest = None
+    if answer.untuned is not None:
+        nearest = np.maximum(1 - answer.untuned.scores, 0)
+        line += (
+            f" The nearest training image is at cosine distance {nearest[0]:.3f}; "
+            f"training images are usually {world.typical_distance:.3f} from their nearest other."
+        )
     ranking, truth = None, html.message("The teacher has scored stored queries only.")
-    if answer.query is not None:
+    if answer.query is not None and answer.untuned is not None:
         ranking = world.teacher.rank[answer.query]
         found = (answer.tuned.ids[: world.topk], answer.untuned.ids[: world.topk])
         agree = [int(np.isin(ids, ranking[: world.level]).sum()) for ids in found]
@@ -84,7 +86,9 @@ def shown(world: World, answer: Answer) -> Shown:
             f" Of the {world.topk} shown, {agree[0]} (tuned) and {agree[1]} (untuned) are in the teacher's "
             f"top {world.level} (framed)."
         )
-        truth = html.gallery(teachers_cards(world, ranking))
+        judged = answer.judged[: world.topk]
+        notes = [[*credits(one.known), f"teacher's rank {one.rank:,}"] for one in judged]
+        truth = html.gallery([card(world, one.known, said) for one, said in zip(judged, notes, strict=True)])
     origin, link = "your picture", ""
     if answer.query is not None:
         origin, link = f"test query {answer.query}", urlencode({"query": answer.query})
@@ -96,14 +100,14 @@ def shown(world: World, answer: Answer) -> Shown:
     if not world.has_creators:
         shares = ""
     elif answer.shares and world.credit is not None:
-        shares = html.chart(answer.shares, answer.truth, min(world.credit.depth, len(world.images)))
+        shares = html.chart(answer.shares, answer.truth, min(world.credit.depth, len(world.collection)))
     return (
         html.message(line),
         f'<div class="query">{html.card(answer.image, answer.prompt, [origin])}</div>',
         html.permalink(link) if link else "",
         shares,
         gallery(world, answer.tuned, ranking, answer.distances),
-        gallery(world, answer.untuned, ranking, untuned_distances),
+        "" if answer.untuned is None else gallery(world, answer.untuned, ranking, nearest),
         truth,
     )
 
@@ -135,9 +139,14 @@ def logged(name: str, work: Callable[[], Answer]) -> Answer:
     return answer
 
 
+def show(world: World, name: str, work: Callable[[], Answer]) -> Shown:
+    """What the page shows of an answer."""
+    return world.told(lambda: logged(name, work), lambda answer: shown(world, answer))
+
+
 def show_query(world: World, query: int) -> Shown:
     """What the page shows for a stored query."""
-    return shown(world, logged("query", lambda: world.stored(query, world.topk)))
+    return show(world, "query", lambda: world.stored(query, world.topk))
 
 
 def show_upload(world: World, text: str | None, prompt: str | None) -> Shown:
@@ -150,7 +159,7 @@ def show_upload(world: World, text: str | None, prompt: str | None) -> Shown:
         return world.answer(world.limits.picture(from_base64(text), "picture"), words, world.topk)
 
     try:
-        return shown(world, logged("upload", work))
+        return show(world, "upload", work)
     except ValueError as error:
         return failed(error)
 
@@ -158,7 +167,7 @@ def show_upload(world: World, text: str | None, prompt: str | None) -> Shown:
 def show_generated(world: World, prompt: str | None, seed: float | None) -> Shown:
     """What the page shows for a picture generated from a prompt and a seed."""
     try:
-        return shown(world, logged("generate", lambda: world.generated(prompt, seed, world.topk)))
+        return show(world, "generate", lambda: world.generated(prompt, seed, world.topk))
     except ValueError as error:
         return failed(error)
 
@@ -169,6 +178,8 @@ def show_address(world: World, parameters: Mapping[str, str]) -> tuple[str, int,
         prompt, seed = parameters["prompt"], number_of(parameters.get("seed", "0"))
         kept, tab = prompt[: world.limits.prompt_characters], "stored" if world.painter is None else "generate"
         return tab, 0, kept, max(0, seed), show_generated(world, prompt, seed)
+    if len(world.queries) == 0 and "query" not in parameters:
+        return "upload", 0, "", 0, (html.message("Upload a picture and type its prompt."), "", "", "", "", "", "")
     try:
         query = number_of(parameters.get("query", "0"))
         return "stored", query, "", 0, show_query(world, query)

@@ -98,7 +98,7 @@ def free_port() -> int:
 @contextmanager
 def served(world: World) -> Iterator[tuple[str, Service]]:
     """(address without the last slash, service) of a running server."""
-    app, service = build_app(world), Service(world.limits, {})
+    app, service = build_app(world), Service(world.limits, dict)
     url = launch(app, service, "127.0.0.1", free_port())
     try:
         yield url.rstrip("/"), service

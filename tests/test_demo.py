@@ -177,7 +177,7 @@ def test_released_data_is_shown(coco: Path) -> None:
     world = demo.load_world(config)
     (coco / "manifest.json").rename(folder / "manifest.json")
     assert config.mode == "coco" and demo.load_world(config).level == 40
-    ranker = load_ranker(config.checkpoint)
+    ranker = load_ranker(config.ranker)
     for query in range(4):
         answer: Any = world.stored(query, TOP)
         asked, stored = (np.load(folder / f"{name}_feats.npy") for name in ("test_query", "data"))

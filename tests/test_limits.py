@@ -181,7 +181,7 @@ def call(
 
 
 def test_guard_limits_requests() -> None:
-    service = Service(Limits(upload_mb=0.001, requests_per_minute=12, timeout_s=0.5), {"images": 3})
+    service = Service(Limits(upload_mb=0.001, requests_per_minute=12, timeout_s=0.5), lambda: {"images": 3})
     assert call(service, parts=[b'{"a"', b": 1}"]) == (200, b"8")
     assert call(service, parts=[b"[" + b"1," * 400, b"1]" * 400])[0] == 413
     assert call(service, content_length="1001")[0] == 413
@@ -203,7 +203,7 @@ def test_guard_limits_requests() -> None:
 )
 def test_only_json_is_taken(kind: str) -> None:
     """Gradio would parse some of these as JSON, after the guard had not looked at it."""
-    assert call(Service(LIMITS, {}), content_type=kind)[0] == 415
+    assert call(Service(LIMITS, dict), content_type=kind)[0] == 415
 
 
 @pytest.mark.parametrize(
@@ -214,12 +214,12 @@ def test_only_json_is_taken(kind: str) -> None:
     ],
 )
 def test_nothing_else_is_offered(path: str) -> None:
-    assert call(Service(LIMITS, {}), path)[0] == 404
+    assert call(Service(LIMITS, dict), path)[0] == 404
 
 
 @pytest.mark.parametrize("path", ["file=/etc/passwd", "file=http://127.0.0.1/", "proxy=http://x.hf.space/", "file/x"])
 def test_no_file_or_address_is_read(path: str) -> None:
-    assert call(Service(LIMITS, {}), f"/gradio_api/{path}", method="GET", parts=[b""])[0] == 404
+    assert call(Service(LIMITS, dict), f"/gradio_api/{path}", method="GET", parts=[b""])[0] == 404
 
 
 @pytest.mark.parametrize(
@@ -239,19 +239,19 @@ def test_no_file_or_address_is_read(path: str) -> None:
     ],
 )
 def test_json_is_small_around_one_picture(content: bytes, status: int) -> None:
-    assert call(Service(LIMITS, {}), parts=[content])[0] == status
+    assert call(Service(LIMITS, dict), parts=[content])[0] == status
 
 
 def test_requests_together_are_bounded() -> None:
     """Two halves of the same megabyte at once are too many; nothing is held afterwards, whatever happened."""
-    service = Service(Limits(upload_mb=1, held_mb=0.5), {})
+    service = Service(Limits(upload_mb=1, held_mb=0.5), dict)
     assert call(service, parts=[b'{"data": "', b"x" * 600_000, b'"}'])[0] == 503
     assert call(service, parts=[b"not json"])[0] == 400
     assert call(service)[0] == 200 and service.held == 0
 
 
 def test_log_has_no_prompts(caplog) -> None:
-    service = Service(Limits(), {})
+    service = Service(Limits(), dict)
     with caplog.at_level("INFO", "serving"):
         call(service, parts=[b'{"data": ["secret"]}'])
     assert "secret" not in caplog.text
@@ -260,14 +260,14 @@ def test_log_has_no_prompts(caplog) -> None:
 
 
 def test_stopping_waits_for_what_is_under_way() -> None:
-    service = Service(Limits(grace_s=5), {})
+    service = Service(Limits(grace_s=5), dict)
     service.begin()
     threading.Timer(0.2, service.end).start()
     assert service.finish(quiet=0.1) is True and service.under_way == 0
     assert call(service)[0] == 503 and call(service, method="GET", parts=[b""])[0] == 200
     status, body = call(service, path="/health", method="GET")
     assert status == 503 and json.loads(body)["status"] == "stopping"
-    late = Service(Limits(grace_s=0.2), {})
+    late = Service(Limits(grace_s=0.2), dict)
     late.begin()
     assert late.finish(quiet=0.1) is False
 
