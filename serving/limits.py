@@ -11,9 +11,11 @@ import warnings
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
+from typing import TypeVar
 
 from PIL import Image
 
@@ -26,6 +28,9 @@ DAMAGED = (
     *(ArithmeticError, MemoryError, RuntimeError, struct.error, zlib.error),
 )
 """What Pillow's decoders raise for hostile files, depending on which byte is wrong."""
+THREADS = 4
+"""Requests answered at the same time."""
+Result = TypeVar("Result")
 CLIENTS = 10_000
 """Clients whose requests are counted; the one that has been silent longest is forgotten first."""
 
@@ -47,7 +52,7 @@ class Limits:
     queue_length: int = 32
     """Requests that may wait for their turn."""
     timeout_s: float = 60
-    """Seconds for a request to arrive, and to wait for an encoder in use."""
+    """Seconds for a request to arrive, to wait for an encoder in use, and for the work on it."""
     grace_s: float = 30
     """Seconds to finish what is under way after SIGTERM."""
 
@@ -186,3 +191,31 @@ class Turn:
             yield
         finally:
             self._lock.release()
+
+
+class Workers:
+    """Threads for work that is not waited for for ever. What was given up on cannot be stopped: it keeps its thread."""
+
+    def __init__(self, seconds: float, threads: int = THREADS) -> None:
+        self.seconds = seconds
+        self._free = threading.BoundedSemaphore(threads)
+
+    def __call__(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns or raises; `ValueError` if that takes too long, or no thread is free for as long."""
+        if not self._free.acquire(timeout=self.seconds):
+            raise ValueError(f"Too busy: no turn within {self.seconds:g} seconds. Try again.")
+        done: Future[Result] = Future()
+
+        def run() -> None:
+            try:
+                done.set_result(work())
+            except BaseException as error:
+                done.set_exception(error)
+            finally:
+                self._free.release()
+
+        # a daemon: work that was given up on does not hold up the end of the process
+        threading.Thread(target=run, daemon=True).start()
+        if not wait([done], self.seconds).done:
+            raise ValueError(f"Given up: the answer took longer than {self.seconds:g} seconds.")
+        return done.result()

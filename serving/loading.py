@@ -28,7 +28,7 @@ from serving.answer import method
 from serving.attributor import Attributor
 from serving.bundle import weights_for
 from serving.collection import Collection, Fixed, Live, NoPictures
-from serving.limits import Limits, Turn
+from serving.limits import Limits, Turn, Workers
 from serving.painter import Painter
 from serving.retrained import Retrained
 from serving.world import World, typical_distance
@@ -206,6 +206,7 @@ def build_world(
         limits=limits,
         typical_distance=0.0 if untuned is None else typical_distance(untuned, features),
         encoding=Turn(limits.timeout_s),
+        working=Workers(limits.timeout_s),
     )
 
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from serving import html
 from serving.answer import Answer, document
 from serving.guard import Guard, Jobs, Service, log
-from serving.limits import from_base64
+from serving.limits import THREADS, from_base64
 from serving.retrained import Retrained
 from serving.views import logged, show_address, show_generated, show_query, show_retrained, show_upload
 from serving.world import World
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     import gradio as gr
 
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "sans-serif")
-THREADS = 4
-"""Requests answered at the same time."""
 FOLLOW = """(html) => {
   const link = new DOMParser().parseFromString(html || '', 'text/html').querySelector('a');
   history.replaceState(null, '', link ? link.getAttribute('href') : location.pathname);

@@ -140,12 +140,15 @@ def logged(name: str, work: Callable[[], Answer]) -> Answer:
 
 
 def show(world: World, name: str, work: Callable[[], Answer]) -> Shown:
-    """What the page shows of an answer."""
-    return world.told(lambda: logged(name, work), lambda answer: shown(world, answer))
+    """What the page shows of an answer, or of a mistake."""
+    try:
+        return world.told(lambda: logged(name, work), lambda answer: shown(world, answer))
+    except ValueError as error:
+        return failed(error)
 
 
 def show_query(world: World, query: int) -> Shown:
-    """What the page shows for a stored query."""
+    """What the page shows for a stored query; a mistake becomes a message."""
     return show(world, "query", lambda: world.stored(query, world.topk))
 
 
@@ -158,18 +161,12 @@ def show_upload(world: World, text: str | None, prompt: str | None) -> Shown:
         words = world.limits.checked_prompt(prompt)
         return world.answer(world.limits.picture(from_base64(text), "picture"), words, world.topk)
 
-    try:
-        return show(world, "upload", work)
-    except ValueError as error:
-        return failed(error)
+    return show(world, "upload", work)
 
 
 def show_generated(world: World, prompt: str | None, seed: float | None) -> Shown:
     """What the page shows for a picture generated from a prompt and a seed."""
-    try:
-        return show(world, "generate", lambda: world.generated(prompt, seed, world.topk))
-    except ValueError as error:
-        return failed(error)
+    return show(world, "generate", lambda: world.generated(prompt, seed, world.topk))
 
 
 def show_address(world: World, parameters: Mapping[str, str]) -> tuple[str, int, str, int, Shown]:
@@ -180,11 +177,8 @@ def show_address(world: World, parameters: Mapping[str, str]) -> tuple[str, int,
         return tab, 0, kept, max(0, seed), show_generated(world, prompt, seed)
     if len(world.queries) == 0 and "query" not in parameters:
         return "upload", 0, "", 0, (html.message("Upload a picture and type its prompt."), "", "", "", "", "", "")
-    try:
-        query = number_of(parameters.get("query", "0"))
-        return "stored", query, "", 0, show_query(world, query)
-    except ValueError as error:
-        return "stored", 0, "", 0, failed(error)
+    query = number_of(parameters.get("query", "0"))
+    return "stored", query if 0 <= query < len(world.queries) else 0, "", 0, show_query(world, query)
 
 
 def number_of(text: str) -> int:

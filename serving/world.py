@@ -18,7 +18,7 @@ from feature_extraction.encoders import Encoder
 from feature_extraction.sources import Pictures
 from serving.answer import Answer, Judged, creators_of
 from serving.collection import Collection
-from serving.limits import Limits, Turn, whole
+from serving.limits import Limits, Turn, Workers, whole
 from serving.painter import Painter
 from serving.retrained import Retrained
 
@@ -61,6 +61,8 @@ class World:
     """Median cosine distance of a training image to its nearest other."""
     encoding: Turn = field(default_factory=lambda: Turn(Limits.timeout_s))
     """Tokenizers refuse to be used by two threads at once."""
+    working: Workers = field(default_factory=lambda: Workers(Limits.timeout_s))
+    """Where answers are made."""
 
     @cached_property
     def has_creators(self) -> bool:
@@ -79,13 +81,18 @@ class World:
     def told(self, find: Callable[[], Answer], tell: Callable[[Answer], Told]) -> Told:
         """`tell` of what `find` answers.
 
-        Once more if an image of it was removed meanwhile: an opt-out holds for answers under way too.
+        Once more if an image of it was removed meanwhile: an opt-out holds for answers under way too. Raises
+        `ValueError` if it takes too long.
         """
-        while True:
-            answer = find()
-            said = tell(answer)
-            if self.collection.holds(answer.ids).all():
-                return said
+
+        def work() -> Told:
+            while True:
+                answer = find()
+                said = tell(answer)
+                if self.collection.holds(answer.ids).all():
+                    return said
+
+        return self.working(work)
 
     def answer(self, image: Image.Image, prompt: str, k: int, query: int | None = None) -> Answer:
         """The training images of a picture and its prompt; of stored query number `query` with the teacher's shares."""

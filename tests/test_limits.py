@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from serving.guard import Guard, Service
-from serving.limits import Limits, Rate, Turn, from_base64
+from serving.limits import Limits, Rate, Turn, Workers, from_base64
 
 LIMITS = Limits(upload_mb=1)
 
@@ -146,6 +146,19 @@ def test_nobody_waits_for_ever() -> None:
         pass
     with turn():
         pass
+
+
+def test_work_is_given_up_on_and_keeps_its_thread() -> None:
+    working, go = Workers(0.2, threads=1), threading.Event()
+    assert working(lambda: 5) == 5
+    with pytest.raises(ZeroDivisionError):
+        working(lambda: 1 // 0)
+    with pytest.raises(ValueError, match=r"Given up: the answer took longer than 0.2 seconds"):
+        working(go.wait)
+    with pytest.raises(ValueError, match="Too busy"):
+        working(lambda: 5)
+    go.set()
+    assert working(lambda: 5) == 5
 
 
 async def echo(scope: Any, receive: Any, send: Any) -> None:
