@@ -11,9 +11,9 @@ For a query ẑ and its K most influential training images the model is trained 
 (with --references 0 over that of the source model itself, the paper's reference); MSE, the mean squared difference
 between the image generated from the query's seed and that of the reference model (pixels in [0, 1]); similarity, the
 cosine of the two images in the image encoder's space (1 = the same picture). MSCOCO has ΔL alone without --pipeline.
-Random removals are the null; each row
-also says by how much a method exceeds it, query by query. The smallest K is trained first for all methods, and the
-report holds what is there, with the numbers of the queries.
+Random removals are the null; each row also says by how much a method exceeds it, query by query. The smallest K is
+trained first for all methods, and the report holds what is there, with the numbers of the queries. The models' pictures
+are in pictures.npz beside it, for the demo.
 
 The testbed prompts each concept in several sets one after the other, and what such queries lose is much the same; so
 there is one query for each concept, of the set that has had fewest so far (`one_per_concept`). MSCOCO's are all judged.
@@ -45,6 +45,7 @@ from fastgda.dataset import COCO_LEVELS
 from fastgda.metrics import bootstrap_interval, standard_error
 from fastgda.rankings import top
 from feature_extraction.encoders import load_encoder
+from serving.retrained import Removal, Retrained
 
 FRACTIONS = (0.004, 0.0085, 0.034, 0.1)
 """K as shares of the training set: the paper's 500, 1,000 and 4,000 of 118,287, and a tenth."""
@@ -159,6 +160,22 @@ class Effects:
             found["similarity"] = float(self._features(image)[0] @ self.features[query])
         return found
 
+    def drawn(self, plan: Plan, captions: list[str]) -> Retrained:
+        """Pictures of the plan's queries by the reference model and, of each removal, by the first model that is there;
+        `captions` are those of all test queries.
+        """
+        assert self.sampler is not None
+        queries = list(dict.fromkeys(query for _, query, _ in plan))
+        removals = []
+        for (method, query, count), jobs in plan.items():
+            if self.collection.missing(jobs[:1]):
+                continue
+            arrays = self._load(jobs[0])
+            image = self._decode(self.sampler, arrays["latents_test"][query : query + 1])[0]
+            change = float(arrays["losses_test"][query] - self.loss[query])
+            removals.append(Removal(queries.index(query), method, count, change, _bytes(image)))
+        return Retrained(tuple(captions[query] for query in queries), _bytes(self.images[queries]), tuple(removals))
+
     def _load(self, job: Retraining) -> dict[str, np.ndarray]:
         keys = ("losses_test",) if self.sampler is None else ("losses_test", "latents_test")
         return load_npz(self.collection.path(job), keys, "python -m benchmark.removal run")
@@ -169,9 +186,13 @@ class Effects:
         return ((pixels + 1) / 2).permute(0, 2, 3, 1).cpu().numpy()
 
     def _features(self, images: np.ndarray) -> np.ndarray:
-        pictures = [Image.fromarray((255 * image).round().astype(np.uint8)) for image in images]
+        pictures = [Image.fromarray(image) for image in _bytes(images)]
         features = self.encoder.encode(pictures, [""] * len(pictures))
         return features / np.linalg.norm(features, axis=1, keepdims=True)
+
+
+def _bytes(images: np.ndarray) -> np.ndarray:
+    return (255 * images).round().astype(np.uint8)
 
 
 def summarise(plan: Plan, effects: Effects) -> list[dict[str, Any]]:
@@ -263,10 +284,13 @@ def main(argv: list[str] | None = None) -> None:
             train_models(testbed, collection, jobs, args)
         print(models_done(collection, "removals", jobs))
         return
-    rows = summarise(plan, Effects(testbed, collection, config))
+    effects = Effects(testbed, collection, config)
+    rows = summarise(plan, effects)
     print(*map(removal_line, rows), sep="\n")
     report = {"mode": testbed.name, "config": asdict(config), "rows": rows, "environment": environment()}
     save_json(args.output, report)
+    if effects.sampler is not None:
+        effects.drawn(plan, testbed.query_captions("test")).save(args.output.with_name("pictures.npz"))
 
 
 if __name__ == "__main__":

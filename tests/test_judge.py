@@ -54,6 +54,7 @@ from fastgda.ranker import Ranker, RankerConfig, save_ranker
 from fastgda.rankings import from_scores, save_rankings
 from feature_extraction.encoders import load_encoder
 from feature_extraction.minilm import MiniLM
+from serving.retrained import Retrained
 
 HALVES = 4
 
@@ -331,6 +332,14 @@ def test_removals_run_and_report_and_the_leaderboard_uses_them(retrained, scores
     null = rows[removal.RANDOM, 3]["delta_loss"]
     assert first["excess"] == pytest.approx(first["mean"] - null["mean"])
     assert 0 < rows["first", 3]["similarity"]["mean"] <= 1.000001
+    pictures = Retrained.load(tmp_path / "pictures.npz")
+    kept = {(one.query, one.method, one.removed): one for one in pictures.removals}
+    assert len(kept) == 2 * 3 * 2 and pictures.captions[0] == retrained.query_captions("test")[0]
+    for place in (0, 1):
+        one = kept[place, "first", 3]
+        error = ((one.picture / 255 - pictures.references[place] / 255) ** 2).mean()
+        assert one.change == pytest.approx(rows["first", 3]["delta_loss"]["per_query"][place])
+        assert error == pytest.approx(rows["first", 3]["mse"]["per_query"][place], abs=1e-3)
 
     save_rankings(
         retrained.data / "influence_test.npz",
