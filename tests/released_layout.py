@@ -47,7 +47,7 @@ TINY_MODEL = {
         "attention_head_dim": 2,
         "norm_num_groups": 4,
     },
-    "training": {"steps": 6, "batch_size": 8, "warmup": 1, "ema": 0.5},
+    "training": {"steps": 12, "batch_size": 8, "learning_rate": 5e-3, "warmup": 1, "ema": 0.5},
 }
 """The model.json of a model that trains in a second."""
 
@@ -68,6 +68,7 @@ class ReleasedSize:
 
 
 SMALL = ReleasedSize(images=700, dim=12, train_queries=60, candidates=80, test_queries=9, hidden=3, width=16)
+TRAINABLE = ReleasedSize(images=120, dim=12, train_queries=9, candidates=40, test_queries=5, hidden=3, width=16)
 
 
 def write_released(folder: Path, size: ReleasedSize, seed: int = 0) -> Ranker:
@@ -125,7 +126,7 @@ def write_pictures(folder: Path, size: ReleasedSize) -> None:
         pickle.dump({"fixed": {"rank": near}}, handle)
 
 
-def write_trainable(root: Path, size: ReleasedSize = SMALL, seed: int = 0) -> Path:
+def write_trainable(root: Path, size: ReleasedSize = TRAINABLE, seed: int = 0) -> Path:
     """Writes everything under `root` that a model is retrained and judged with; returns data/coco.
 
     Latents are [2N, 4, 8, 8], the second half mirrored, token states [N, 5, 4, 16]; model.json says how small the model

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from released_layout import LATENT_SIDE, SMALL, TEXT_WIDTH, TOKENS, write_trainable
+from released_layout import LATENT_SIDE, TEXT_WIDTH, TOKENS, TRAINABLE, write_trainable
 
 from abu.encoded import EncodedPictures
 from abu.pipelines import PipelineEncoder
@@ -23,7 +23,7 @@ from benchmark.losses import CachedLosses, collection_of
 from benchmark.retrainer import SOURCE, RetrainConfig, Retrainer, Retraining
 from fastgda.core import keyed_generator, load_npy, load_npz, write_manifest
 
-IMAGES, QUERIES = SMALL.images, SMALL.test_queries
+IMAGES, QUERIES = TRAINABLE.images, TRAINABLE.test_queries
 CPU = torch.device("cpu")
 
 
@@ -225,13 +225,13 @@ def drop_rows(path, count):
 @pytest.mark.parametrize(
     ("file", "damage", "message"),
     [
-        ("trainset/latents.npy", lambda p: drop_rows(p, 2), r"latents.npy: expected latents of the 700 pictures of"),
-        ("trainset/latents.npy", lambda p: drop_rows(p, IMAGES), "expected latents of 1400 pictures, unflipped and"),
-        ("trainset/text_embeddings.npy", lambda p: drop_rows(p, 1), "expected latents of the 699 pictures of text"),
+        ("trainset/latents.npy", lambda p: drop_rows(p, 2), r"latents.npy: expected latents of the 120 pictures of"),
+        ("trainset/latents.npy", lambda p: drop_rows(p, IMAGES), "expected latents of 240 pictures, unflipped and"),
+        ("trainset/text_embeddings.npy", lambda p: drop_rows(p, 1), "expected latents of the 119 pictures of text"),
         ("trainset/text_embeddings.npy", lambda p: np.save(p, np.load(p)[..., :8]), "expected token states of 16"),
         ("query_test/latents.npy", lambda p: np.save(p, np.load(p)[:, :2]), r"expected latents \[4, 8, 8\]"),
         ("trainset/annotations/captions_train2017.json", lambda p: p.write_text('{"images": [], "annotations": []}'),
-         "text_embeddings.npy: expected captions of the 0 images of .*found 700"),
+         "text_embeddings.npy: expected captions of the 0 images of .*found 120"),
         ("model.bin", lambda p: p.unlink(), "model.bin: expected a file, found nothing; make it with: bash"),
         ("model.json", lambda p: p.write_text("{"), "model.json: expected JSON"),
         ("model.json", lambda p: p.write_text("[]"), 'model.json: expected {"denoiser"'),
