@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastgda.core import ROOT, load_npy
+from fastgda.core import ROOT, load_npy, rows_not_finite
 from fastgda.rankings import Rankings, load_rankings
 
 MODES = ("coco", "emoji")
@@ -27,8 +27,6 @@ COCO_VALIDATION = (4900, 5000)
 """Rows of the released training queries that the paper validates on."""
 ROWS_NAMED = 10
 """Damaged rows that an error names."""
-BLOCK = 8192
-"""Rows checked at a time."""
 LEVEL_FRACTIONS = (0.004, 0.0085, 0.034)
 """The paper's 500, 1,000 and 4,000 of 118,287, as shares of the training set."""
 
@@ -152,16 +150,7 @@ def _features(path: Path, dimension: int | None, made_by: str) -> np.ndarray:
     features = load_npy(path, tuple(shape), mmap=True, made_by=made_by)
     if features.size == 0 or not np.issubdtype(features.dtype, np.floating):
         raise ValueError(f"{path}: expected rows of float features, found {features.dtype} {list(features.shape)}")
-    if bad := _rows_not_finite(features):
+    if bad := list(rows_not_finite(features)):
         shown = ", ".join(map(str, bad[:ROWS_NAMED])) + (", ..." if len(bad) > ROWS_NAMED else "")
         raise ValueError(f"{path}: expected finite numbers, found NaN or infinity in {len(bad)} rows: {shown}")
     return np.ascontiguousarray(features, dtype=np.float32)
-
-
-def _rows_not_finite(features: np.ndarray) -> list[int]:
-    # a block at a time: a mask of the whole file would be a quarter of its size
-    found: list[int] = []
-    for start in range(0, len(features), BLOCK):
-        finite = np.isfinite(features[start : start + BLOCK]).all(axis=1)
-        found += (start + np.flatnonzero(~finite)).tolist()
-    return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,6 +137,26 @@ def test_every_truncation_is_noticed(tmp_path):
             cut.write_bytes(whole[:size])
             with pytest.raises(ValueError, match=f"cut-{name}: expected a whole"):
                 load(cut)
+
+
+def test_finite_takes_no_memory_of_the_size_of_the_file(tmp_path):
+    core.save_npy(tmp_path / "a.npy", np.ones((100_000, 300), dtype=np.float16))
+    tracemalloc.start()
+    core.load_npy(tmp_path / "a.npy", (None, 300), finite=True, mmap=True)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 6e6, "a mask of all numbers takes 30 MB"
+
+
+@pytest.mark.parametrize("shape", [(9,), (9, 2), (9, 2, 3), (0, 4), (4, 0)])
+def test_rows_that_are_not_finite(shape, monkeypatch):
+    """Against a mask of the whole array, in blocks that end anywhere."""
+    monkeypatch.setattr(core, "FINITE_BLOCK", 5)
+    array = np.ones(shape)
+    if array.size:
+        array.ravel()[[3, -1]] = np.inf, np.nan
+    expected = [row for row in range(len(array)) if not np.isfinite(array[row]).all()]
+    assert list(core.rows_not_finite(array)) == expected
 
 
 @pytest.mark.parametrize("flip", [0x01, 0x20, 0x80, 0xFF])

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from fastgda.core import rows_not_finite
+
 try:
     import faiss
     from faiss.contrib.ondisk import merge_ondisk
@@ -204,7 +206,7 @@ def as_vectors(name: str, array: np.ndarray, dim: int | None = None) -> np.ndarr
     vectors = np.ascontiguousarray(array, dtype=np.float32)
     if vectors.ndim != 2 or vectors.shape[1] < 1 or (dim is not None and vectors.shape[1] != dim):
         raise ValueError(f"{name}: expected shape [*, {dim or '*'}], found {list(vectors.shape)}")
-    if not np.isfinite(vectors).all():
+    if next(rows_not_finite(vectors), None) is not None:
         raise ValueError(f"{name}: expected finite numbers, found NaN or infinity")
     return vectors
 

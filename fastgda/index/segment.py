@@ -81,13 +81,17 @@ def training_rows(ids: np.ndarray, count: int, seed: int) -> np.ndarray:
     return np.argsort(value ^ (value >> np.uint64(31)), kind="stable")[:count]
 
 
-def build_segment(folder: Path, source: Source, config: SegmentConfig, *, command: str, trained: Path | None) -> None:
+def build_segment(
+    folder: Path, source: Source, config: SegmentConfig, *, ranker: str, command: str, trained: Path | None
+) -> None:
     """Builds a segment in `folder`, going on from the whole shards of an interrupted build of the same source.
 
-    `trained` is the structure of another segment to use; else one is trained on rows of this source.
+    `ranker` identifies what made the vectors of `source` (see `load_embedding`). `trained` is the structure of another
+    segment to use; else one is trained on rows of this source.
     """
     ids = hashlib.sha256(source.ids.tobytes()).hexdigest()
-    plan = {"config": asdict(config), "inputs": source.inputs, "ids": ids, "dim": source.dim}
+    plan = {"ranker": ranker, "inputs": list(source.inputs.values()), "ids": ids, "dim": source.dim}
+    plan["config"] = asdict(config)
     if folder.is_dir() and not ((folder / PLAN).is_file() and json.loads((folder / PLAN).read_text()) == plan):
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)

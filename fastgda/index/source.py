@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Protocol
 
@@ -83,9 +84,10 @@ class Source:
         inputs: dict[str, str] | None = None,
         left_out: int = 0,
     ) -> None:
-        """`ids` by default count from 0; `embed` maps features to embeddings; `inputs`: name -> hash of each file.
+        """`ids` by default count from 0; `embed` maps features to embeddings.
 
-        `left_out`: rows that are not among these because their pictures could not be read.
+        `inputs`: name -> hash of each file, in order. `left_out`: rows that are not among these because their pictures
+        could not be read.
         """
         self.arrays = arrays
         self.starts = np.cumsum([0, *(array.shape[0] for array in arrays)])
@@ -120,7 +122,9 @@ class Source:
         if total and not len(rows):
             names = " ".join(map(str, vectors))
             raise ValueError(f"{names}: expected pictures that could be read, found rows of zeros only")
-        inputs = {path.name: sha256_file(path) for path in (*vectors, *metadata)}
+        inputs: dict[str, str] = {}
+        for path in (*vectors, *metadata):
+            inputs[_unused(path.name, inputs)] = sha256_file(path)
         tables = (lambda: kept_tables(read_tables(metadata), rows)) if metadata else None
         pairs = zip(arrays, readable, strict=True)
         kept = [array if len(part) == len(array) else Kept(array, part) for array, part in pairs]
@@ -186,6 +190,11 @@ def load_embedding(checkpoint: Path | None, unit: bool) -> tuple[Embed, Embed, s
         lambda rows: ranker.embed_queries(check(rows)).cpu().numpy(),
         sha256_file(checkpoint),
     )
+
+
+def _unused(name: str, names: Container[str]) -> str:
+    """`name`, numbered where it is among `names` already: files of several folders may share it."""
+    return next(other for other in chain([name], (f"{name} ({n})" for n in count(2))) if other not in names)
 
 
 def _unchanged(rows: np.ndarray) -> np.ndarray:

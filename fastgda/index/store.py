@@ -77,7 +77,7 @@ class Index:
         segments = path / SEGMENTS
         segments.mkdir(parents=True, exist_ok=True)
         with exclusive(path / LOCK, wait=False):
-            build_segment(path / "building", source, config, command=command, trained=None)
+            build_segment(path / "building", source, config, ranker=ranker, command=command, trained=None)
             shutil.rmtree(segments)  # of a build that was killed right before its manifest
             segments.mkdir()
             name = _next_name(segments)
@@ -143,9 +143,8 @@ class Index:
             if trained.is_file() and given is None:
                 factory = EXACT
             building = self.path / "adding"
-            build_segment(
-                building, source, SegmentConfig(factory, largest.config.store), command=command, trained=given
-            )
+            config, ranker = SegmentConfig(factory, largest.config.store), self.manifest["inputs"]["ranker"]
+            build_segment(building, source, config, ranker=ranker, command=command, trained=given)
             with exclusive(self.path / LOCK):
                 self._commit_built(building, {"added": len(source)}, command, keep_calibration=True)
         return Change(len(source), self.advice())
@@ -186,7 +185,8 @@ class Index:
             rows = [np.flatnonzero(~dead) for dead in snapshot.dead]
             source = live_source(list(zip(snapshot.segments, rows, strict=True)))
             building = self.path / "rebuilding"
-            build_segment(building, source, config, command=command, trained=None)
+            ranker = self.manifest["inputs"]["ranker"]
+            build_segment(building, source, config, ranker=ranker, command=command, trained=None)
             with exclusive(self.path / LOCK):
                 entry = {"replaced": sorted(snapshot.state.segments)}
                 self._commit_built(building, entry, command, keep_calibration=False)
