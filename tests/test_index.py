@@ -17,7 +17,7 @@ from index_world import IDS, N, build, creator, exhaustive, metadata, queries, v
 from fastgda.core import save_npy
 from fastgda.index import FlatIndex, Index, SegmentConfig, Settings, Source, load_embedding, recommend
 from fastgda.index.backend import Structure
-from fastgda.index.metadata import ROW_GROUP, MetadataTable, write_metadata
+from fastgda.index.metadata import MetadataTable, write_metadata
 from fastgda.index.plan import estimate
 from fastgda.index.segment import INDEX, VECTORS, training_rows
 from fastgda.ranker import Ranker, RankerConfig, save_ranker
@@ -201,9 +201,10 @@ def test_metadata_is_found_by_id(tmp_path: Path) -> None:
     assert found[2] is not None and found[2]["caption"] == "picture 0"
 
 
-def test_metadata_reads_the_row_groups_it_needs(tmp_path: Path) -> None:
-    """Pieces of odd sizes come out in groups of one size, and a row's group is read once."""
-    rows = 2 * ROW_GROUP + 100
+def test_metadata_comes_back_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of odd sizes come out in groups of one size, the same from Parquet and from the mapped file."""
+    monkeypatch.setattr("fastgda.index.metadata.ROW_GROUP", 1000)
+    rows = 2100
     names = [f"a{row}" for row in range(rows)]
 
     def pieces() -> Iterator[pa.Table]:
@@ -212,18 +213,29 @@ def test_metadata_reads_the_row_groups_it_needs(tmp_path: Path) -> None:
             empty = pa.nulls(len(part), pa.string())
             yield pa.table({"caption": part, "creator": part, "licence": empty, "path": empty, "url": empty})
 
-    path = tmp_path / "m.parquet"
-    write_metadata(path, np.arange(rows) * 3, pieces())
-    table = MetadataTable(path)
-    for row in (0, 1, ROW_GROUP - 1, rows - 1):
-        assert table.row(row) == {"id": 3 * row, "caption": names[row], "creator": names[row]}
-    assert table._group.cache_info().misses == 2  # type: ignore[attr-defined]
+    paths = tmp_path / "m.parquet", tmp_path / "m.arrow"
+    write_metadata(*paths, np.arange(rows) * 3, pieces())
+    table = MetadataTable(*paths)
+    asked = np.array([1, 0, 999, 1000, rows - 1])
+    assert table.rows(asked) == [{"id": 3 * row, "caption": names[row], "creator": names[row]} for row in asked]
     assert table.rows_of_creator("a1500").tolist() == [1500]
+    assert pa.concat_tables(table.tables())["caption"].to_pylist() == names
+    assert pq.read_table(paths[0])["id"].to_pylist() == list(range(0, 3 * rows, 3))
     with pytest.raises(ValueError, match=f"expected {rows - 1} rows, as many as vectors, found more"):
-        write_metadata(path, np.arange(rows - 1), pieces())
+        write_metadata(*paths, np.arange(rows - 1), pieces())
 
 
-@pytest.mark.parametrize("file", ["index.faiss", "vectors.npy", "ids.npy", "order.npy", "metadata.parquet"])
+def test_looking_up_a_row_reads_no_parquet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decompressing a row group for each id took a hundred times as long as the search."""
+    index = build(tmp_path / "index", SegmentConfig())
+    monkeypatch.setattr(index.snapshot().segments[0].metadata, "_file", None)
+    found = index.metadata(IDS[[250, 3]])
+    assert [entry and entry["caption"] for entry in found] == ["picture 250", "picture 3"]
+
+
+@pytest.mark.parametrize(
+    "file", ["index.faiss", "vectors.npy", "ids.npy", "order.npy", "metadata.parquet", "metadata.arrow"]
+)
 def test_damaged_segment_files_are_refused(tmp_path: Path, file: str) -> None:
     build(tmp_path / "index", SegmentConfig("SQ8"))
     path = tmp_path / "index" / "segments" / "000000" / file

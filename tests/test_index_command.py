@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from index_world import IDS, N, build, metadata, queries, vectors
@@ -13,6 +14,7 @@ from fastgda.core import save_npy
 from fastgda.index import FlatIndex, Index, SegmentConfig, Settings
 from fastgda.index.__main__ import main
 from fastgda.index.calibrate import calibrate, choose, recall, truth_places
+from fastgda.index.metadata import metadata_bytes
 
 LOSSY = SegmentConfig("IVF16,PQ4x4")
 
@@ -62,6 +64,8 @@ def files(tmp_path: Path) -> Path:
     save_npy(tmp_path / "q.npy", queries())
     pq.write_table(metadata(range(200)), tmp_path / "a.parquet")
     pq.write_table(metadata(range(200, N)), tmp_path / "b.parquet")
+    save_npy(tmp_path / "none.npy", queries()[:0])
+    pq.write_table(pa.table({"id": pa.array(range(2**63 - 99, 2**63 + 1), pa.uint64())}), tmp_path / "large.parquet")
     return tmp_path
 
 
@@ -75,7 +79,8 @@ def test_an_index_by_command(files: Path, capsys: pytest.CaptureFixture[str]) ->
     x = files / "x"
     out = run("build", x, "--vectors", files / "a.npy", "--metadata", files / "a.parquet", "--factory", "IVF8,SQ8")
     assert "200 images, IVF8,SQ8" in out
-    assert "recall       not measured" in run("info", x)
+    out = run("info", x)
+    assert "recall       not measured" in out and "MB of file cache: vectors, ids, metadata" in out
     assert "recall@5 =" in run("calibrate", x, "--queries", files / "q.npy", "--k", 5, "--recall", 0.9)
     out = run("info", x)
     assert "recall@5 =" in out and "(0.9 wanted), measured with 200 images" in out
@@ -115,7 +120,16 @@ def test_dry_run_prints_and_writes_nothing(files: Path, capsys: pytest.CaptureFi
     assert main([*build_, "--factory", "IVF16,PQ8", "--store", "float16"]) == 0
     out = capsys.readouterr().out
     assert "16 searched, 32 stored" in out and "300 vectors, about" in out
+    known = ["--metadata", str(files / "a.parquet"), str(files / "b.parquet")]
+    assert main([*build_, *known]) == 0 and "GB searching, 0.30 GB building" in capsys.readouterr().out
     assert sorted(files.iterdir()) == before
+
+
+def test_metadata_is_estimated(files: Path) -> None:
+    paths = [files / "a.parquet", files / "b.parquet"]
+    index = build(files / "x", SegmentConfig())
+    written = sum(path.stat().st_size for path in index.snapshot().segments[0].folder.glob("metadata.*"))
+    assert metadata_bytes(paths) == pytest.approx(written, rel=0.3)
 
 
 @pytest.mark.parametrize(
@@ -132,6 +146,12 @@ def test_dry_run_prints_and_writes_nothing(files: Path, capsys: pytest.CaptureFi
         (["calibrate", "{x}/x", "--queries", "{x}/q.npy", "--recall", "1.5"], "recall 1.5: expected a share"),
         (["remove", "{x}/x", "--list", "{x}/q.npy"], "q.npy: expected ids, one on a line"),
         (["remove", "{x}/x", "--ids", "5"], "found 1 not in it; nothing was removed: 5"),
+        (["search", "{x}/x", "--queries", "{x}/none.npy"], "none.npy: expected at least one query, found none"),
+        (["calibrate", "{x}/x", "--queries", "{x}/none.npy"], "none.npy: expected at least one query, found none"),
+        (
+            ["build", "{x}/y", "--vectors", "{x}/b.npy", "--metadata", "{x}/large.parquet"],
+            f"below 2^63 in the column id, found {2**63}",
+        ),
         (["remove", "{x}/x", "--ids", str(2**64)], "expected integers of 64 bits"),
     ],
 )

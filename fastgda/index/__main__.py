@@ -22,6 +22,7 @@ import numpy as np
 
 from fastgda.core import command_line, command_parser, load_npy
 from fastgda.index.calibrate import calibrate
+from fastgda.index.metadata import metadata_bytes
 from fastgda.index.plan import describe, estimate, measured_flops, recommend
 from fastgda.index.segment import SegmentConfig
 from fastgda.index.source import Source, load_embedding
@@ -66,7 +67,8 @@ def run_build(args: argparse.Namespace) -> None:
         shapes = [load_npy(path, (None, None), mmap=True) for path in args.vectors]
         images, dim = sum(map(len, shapes)), embed(np.asarray(shapes[0][:1], dtype=np.float32)).shape[1]
         config, reasons = build_config(args, images, dim)
-        print(describe(config, images, dim, estimate(config, images, dim, measured_flops())))
+        cost = estimate(config, images, dim, measured_flops(), metadata_bytes(args.metadata))
+        print(describe(config, images, dim, cost))
         print("\n".join(f"- {reason}" for reason in reasons))
         return
     source = Source.from_files(args.vectors, args.metadata, embed)
@@ -86,6 +88,10 @@ def run_info(args: argparse.Namespace) -> None:
     for segment in snapshot.segments:
         config, size = segment.config, segment.bytes
         print(f"segment      {segment.folder.name}: {len(segment):,} x {config.factory}, {size / 1e6:,.1f} MB on disk")
+    print(
+        f"memory       {sum(segment.held + len(segment) for segment in snapshot.segments) / 1e6:,.1f} MB held, up to "
+        f"{sum(segment.mapped for segment in snapshot.segments) / 1e6:,.1f} MB of file cache: vectors, ids, metadata"
+    )
     settings = snapshot.settings
     print(f"search       nprobe {settings.nprobe}, re-rank depth {settings.depth} at k = {settings.k}")
     found = snapshot.calibration
@@ -233,6 +239,8 @@ def _opened_with_queries(args: argparse.Namespace) -> tuple[Index, np.ndarray]:
     _, embed_queries, ranker = load_embedding(args.checkpoint, args.unit)
     index = Index(args.path, ranker=ranker, verify=args.verify)
     features = load_npy(args.queries, (None, None), finite=True)
+    if not len(features):
+        raise ValueError(f"{args.queries}: expected at least one query, found none")
     return index, embed_queries(np.asarray(features, dtype=np.float32))
 
 

@@ -19,6 +19,8 @@ GRAPH_LISTS = 65_536
 """Inverted lists from which the nearest centroids are found by a graph instead of a scan."""
 OVERHEAD = 300e6
 """Bytes of a process before it loads an index: Python, torch, FAISS."""
+ID_BYTES = 48
+"""Bytes for each image while building: its id, row and place, and the hash by which training vectors are chosen."""
 CODEBOOK_FLOPS = 2.0 * 25 * 256
 """Operations of k-means for a product quantiser, per training vector and dimension: 25 rounds, 256 centroids."""
 ROTATION_ROUNDS = 50
@@ -41,7 +43,9 @@ class Estimate:
     bytes_per_vector: int
     """In the searched structure."""
     ram: float
-    """Bytes in memory while searching; stored vectors are read from disk through the page cache."""
+    """Bytes in memory while searching; stored vectors and metadata are read from disk through the page cache."""
+    build_ram: float
+    """Bytes in memory during the build, at most: while training, indexing a shard or merging."""
     disk: float
     """Bytes of the index's files, the most during the build."""
     training_vectors: int
@@ -66,8 +70,10 @@ def recommend(images: int, dim: int, memory_budget: float) -> Recommendation:
     return _compressed(images, dim, room)
 
 
-def estimate(config: SegmentConfig, images: int, dim: int, flops: float) -> Estimate:
+def estimate(config: SegmentConfig, images: int, dim: int, flops: float, metadata: float = 0.0) -> Estimate:
     """What `config` costs for `images` vectors of `dim` numbers on a machine of `flops` operations a second.
+
+    `metadata`: bytes of its files.
 
     Training: k-means of the coarse quantiser, 10 rounds of n · lists · d multiply-adds; product quantiser, 25 rounds of
     n · 256 · d; OPQ, 50 alternations with 4 rounds each; n = min(images, max(65,536, 64 · lists)).
@@ -81,11 +87,15 @@ def estimate(config: SegmentConfig, images: int, dim: int, flops: float) -> Esti
         work += CODEBOOK_FLOPS * few * dim
     if "OPQ" in config.factory:
         work += ROTATION_ROUNDS * few * dim * (2.0 * 4 * 256 + 2.0 * dim)
+    shard = codes / config.shards
     parts = codes * (config.shards > 1 or config.on_disk)
+    merged = 0.0 if config.on_disk or config.shards == 1 else codes + shard
+    busiest = max(4.0 * sample * dim + structure.training_bytes(sample), shard, merged)
     return Estimate(
         bytes_per_vector=code,
         ram=OVERHEAD + structure.fixed_bytes() + (0 if config.on_disk else codes) + images,
-        disk=stored + codes + parts + 16 * images + 2 * structure.fixed_bytes(),
+        build_ram=OVERHEAD + structure.fixed_bytes() + busiest + ID_BYTES * images,
+        disk=stored + codes + parts + 16 * images + 2 * structure.fixed_bytes() + metadata,
         training_vectors=sample,
         training_seconds=work / flops,
     )
@@ -109,8 +119,8 @@ def describe(config: SegmentConfig, images: int, dim: int, cost: Estimate) -> st
         ("inverted lists", "on disk" if config.on_disk else "in memory"),
         ("shards", f"{config.shards}"),
         ("bytes per vector", f"{cost.bytes_per_vector} searched, {dim * np.dtype(config.store).itemsize} stored"),
-        ("RAM", f"{cost.ram / 1e9:.2f} GB"),
-        ("disk", f"{cost.disk / 1e9:.2f} GB (without metadata)"),
+        ("RAM", f"{cost.ram / 1e9:.2f} GB searching, {cost.build_ram / 1e9:.2f} GB building"),
+        ("disk", f"{cost.disk / 1e9:.2f} GB, metadata included where it was given"),
         ("training", f"{cost.training_vectors:,} vectors, about {_duration(cost.training_seconds)}"),
     ]
     return "\n".join(f"{name:<18}{value}" for name, value in rows)

@@ -3,7 +3,7 @@
 index.faiss (+ lists.ivfdata)   the FAISS structure over rows 0..n-1
 vectors.npy                     [n, D] stored vectors, for re-ranking, exact search and rebuilding
 ids.npy, order.npy              row -> id, and the rows in ascending order of id
-metadata.parquet                row i describes row i
+metadata.parquet, .arrow        row i describes row i; the second is mapped for look-ups
 trained.faiss                   the empty trained structure, for additions (where there is training)
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -38,10 +39,8 @@ from fastgda.index.backend import EXACT, LISTS_FILE, Structure, as_vectors, merg
 from fastgda.index.metadata import MetadataTable, write_metadata
 from fastgda.index.source import Kept, Source, kept_tables
 
-INDEX, VECTORS, IDS, ORDER, METADATA, TRAINED = (
-    *("index.faiss", "vectors.npy", "ids.npy"),
-    *("order.npy", "metadata.parquet", "trained.faiss"),
-)
+INDEX, VECTORS, IDS, ORDER, TRAINED = "index.faiss", "vectors.npy", "ids.npy", "order.npy", "trained.faiss"
+METADATA, MAPPED_METADATA = "metadata.parquet", "metadata.arrow"
 PLAN = "plan.json"
 
 
@@ -96,8 +95,8 @@ def build_segment(
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     save_json(folder / PLAN, plan)
-    with atomic_path(folder / METADATA) as temporary:
-        write_metadata(temporary, source.ids, source.tables())
+    with atomic_path(folder / METADATA) as table, atomic_path(folder / MAPPED_METADATA) as mapped:
+        write_metadata(table, mapped, source.ids, source.tables())
     save_npy(folder / IDS, source.ids)
     save_npy(folder / ORDER, np.argsort(source.ids, kind="stable"))
     structure = _trained(folder / TRAINED, source, config, trained)
@@ -108,7 +107,7 @@ def build_segment(
             build_shard(path, source, config, int(start), int(stop))
     _merge(folder, structure, shards, on_disk=config.on_disk)
     for path in (*shards, folder / PLAN):
-        path.unlink()
+        path.unlink(missing_ok=True)
     files = tuple(sorted(path for path in folder.iterdir() if path != manifest_path(folder)))
     write_manifest(folder, config, command=command, inputs=source.inputs, files=files, rows=len(source), dim=source.dim)
 
@@ -149,12 +148,17 @@ class Segment:
         self.folder = folder
         self.config = SegmentConfig(**manifest["config"])
         rows, dim = manifest["rows"], manifest["dim"]
-        self.bytes = sum(entry["bytes"] for entry in manifest["files"].values())
+        sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}
+        self.bytes = sum(sizes.values())
+        self.held = sizes[INDEX]
+        """Bytes that are read into memory."""
+        self.mapped = sum(sizes.get(name, 0) for name in (LISTS_FILE, VECTORS, IDS, ORDER, MAPPED_METADATA))
+        """Bytes of which parts are in memory as file cache."""
         self.structure = Structure.read(folder / INDEX)
         self.vectors = load_npy(folder / VECTORS, (rows, dim), mmap=True)
         self.ids = load_npy(folder / IDS, (rows,), mmap=True)
         self._order = load_npy(folder / ORDER, (rows,), mmap=True)
-        self.metadata = MetadataTable(folder / METADATA)
+        self.metadata = MetadataTable(folder / METADATA, folder / MAPPED_METADATA)
         for name, count in ((INDEX, self.structure.rows), (METADATA, len(self.metadata))):
             if count != rows:
                 raise ValueError(f"{folder / name}: expected {rows} rows, as many as vectors, found {count}")
@@ -203,8 +207,11 @@ def _trained(path: Path, source: Source, config: SegmentConfig, given: Path | No
     if structure.is_trained:
         return structure
     rows = training_rows(source.ids, structure.training_size(len(source)), config.seed)
-    ascending = np.sort(rows)
-    sample = source.take(ascending)[np.searchsorted(ascending, rows)].astype(config.store)
+    order = np.argsort(rows)
+    sample = np.empty((len(rows), source.dim), dtype=np.float32)
+    for first, vectors in source.take(rows[order]):
+        # the structure is trained on what is stored
+        sample[order[first : first + len(vectors)]] = vectors.astype(config.store)
     structure.train(as_vectors("training vectors", sample))
     with atomic_path(path) as temporary:
         structure.write(temporary)
@@ -226,7 +233,7 @@ def _merge(folder: Path, structure: Structure, shards: list[Path], *, on_disk: b
         structure.write(folder / INDEX)
         return
     if len(shards) == 1:
-        shutil.copyfile(shards[0], folder / INDEX)
+        os.replace(shards[0], folder / INDEX)
         return
     whole = Structure.read(shards[0])
     for shard in shards[1:]:

@@ -105,8 +105,9 @@ class Snapshot:
         known: list[dict[str, Any] | None] = [None] * len(ids)
         for segment, dead in zip(self.segments, self.dead, strict=True):
             rows = segment.find(ids)
-            for place in np.flatnonzero((rows >= 0) & ~dead[rows]):
-                known[place] = segment.metadata.row(int(rows[place]))
+            places = np.flatnonzero((rows >= 0) & ~dead[rows])
+            for place, row in zip(places, segment.metadata.rows(rows[places]), strict=True):
+                known[place] = row
         return known
 
     def search(self, queries: np.ndarray, k: int, settings: Settings) -> Neighbours:

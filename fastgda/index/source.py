@@ -142,17 +142,15 @@ class Source:
                 parts.append(np.asarray(array[low:high], dtype=np.float32))
         return self._embedded(parts, start)
 
-    def take(self, rows: np.ndarray) -> np.ndarray:
-        """Embeddings [n, E], float32, of ascending row numbers."""
-        blocks = []
+    def take(self, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """(place of the first in `rows`, embeddings) of ascending row numbers, `BLOCK` at a time."""
         for begin in range(0, len(rows), BLOCK):
             some, parts = rows[begin : begin + BLOCK], []
             for array, first, last in zip(self.arrays, self.starts, self.starts[1:], strict=False):
                 inside = some[(some >= first) & (some < last)] - first
                 if len(inside):
                     parts.append(np.asarray(array[inside], dtype=np.float32))
-            blocks.append(self._embedded(parts, int(some[0])))
-        return np.concatenate(blocks)
+            yield begin, self._embedded(parts, int(some[0]))
 
     def blocks(self, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
         """(first row, embeddings) of rows start..stop-1, `BLOCK` rows at a time."""

@@ -12,10 +12,11 @@ process, no longer finds the image, and one under way sees the old or the new in
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -138,12 +139,13 @@ class Index:
             _refuse(source.ids, removed, "ids that were never removed", "removed before; ids are not given out twice")
             _refuse(source.ids, snapshot.contains(source.ids), "new ids", "already in the index")
             largest = max(snapshot.segments, key=len)
-            factory, trained = largest.config.factory, largest.folder / TRAINED
+            trained = largest.folder / TRAINED
             given = trained if trained.is_file() and len(source) > EXACT_ADDITION else None
+            shards = math.ceil(len(source) / len(largest) * largest.config.shards)
+            config = replace(largest.config, shards=shards)
             if trained.is_file() and given is None:
-                factory = EXACT
-            building = self.path / "adding"
-            config, ranker = SegmentConfig(factory, largest.config.store), self.manifest["inputs"]["ranker"]
+                config = SegmentConfig(EXACT, largest.config.store)
+            building, ranker = self.path / "adding", self.manifest["inputs"]["ranker"]
             build_segment(building, source, config, ranker=ranker, command=command, trained=given)
             with exclusive(self.path / LOCK):
                 self._commit_built(building, {"added": len(source)}, command, keep_calibration=True)
