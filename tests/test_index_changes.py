@@ -8,15 +8,18 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from index_world import IDS, N, build, creator, exhaustive, queries, source, vectors
 
 from fastgda.core import ROOT
-from fastgda.index import FlatIndex, Index, SegmentConfig, Settings, store
+from fastgda.index import FlatIndex, Index, SegmentConfig, Settings, reader, store
 from fastgda.index.journal import JOURNAL, exclusive
 
 LOSSY = SegmentConfig("IVF8,PQ4x4")
@@ -160,6 +163,78 @@ def test_concurrent_searches_see_whole_states_and_no_removed_image(tmp_path: Pat
             done += 1
         assert all(8 in future.result() for future in futures)
     assert_holds(Index(tmp_path / "x"), states[8])
+
+
+@contextmanager
+def setting(event: threading.Event) -> Iterator[None]:
+    """Sets `event` at the end, also where the test failed, so that threads that wait for it end."""
+    try:
+        yield
+    finally:
+        event.set()
+
+
+@pytest.mark.parametrize("operation", ["add", "rebuild"])
+def test_searches_go_on_while_a_segment_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    """Without waiting, in the old segments, and without what is removed meanwhile, from these or from the new one."""
+    changer = build(tmp_path / "x", LOSSY, range(200))
+    server, opened = Index(tmp_path / "x"), threading.Event()
+    known, slow = np.arange(200), reader.Segment
+
+    def segment(folder: Path, **options: Any) -> reader.Segment:
+        if threading.current_thread().name == "opening segments":
+            assert opened.wait(60)
+        return slow(folder, **options)
+
+    if operation == "add":
+        changer.add(source(range(200, 260)), command="test")
+        rows = np.arange(260)
+    else:
+        changer.rebuild(SegmentConfig(), command="test")
+        rows = known
+    monkeypatch.setattr(reader, "Segment", segment)
+    monkeypatch.setattr(reader, "PATIENCE", 0.0)
+    with ThreadPoolExecutor(4) as pool, setting(opened):
+        batches, done, gone = np.array_split(np.random.default_rng(5).permutation(200)[:120], 6), 0, np.zeros(0, int)
+
+        def search(_: int) -> None:
+            while not opened.is_set():
+                before = np.concatenate([*batches[:done], []]).astype(int)
+                found = server.search(queries()[:4], 10, exhaustive()).ids
+                assert not np.isin(found, IDS[before]).any(), "removed before the search began"
+                assert np.isin(found, IDS[known]).all()
+
+        futures = [pool.submit(search, number) for number in range(3)]
+        for batch in batches:
+            changer.remove(IDS[batch], command="test")
+            done += 1
+            gone = np.concatenate([gone, batch])
+            assert_holds(server, np.setdiff1d(known, gone))
+            assert server.metadata(IDS[batch]) == [None] * len(batch)
+        waiting = pool.submit(server.snapshot)
+        assert not waiting.done(), "who wants the newest waits for it"
+        opened.set()
+        assert waiting.result().live == len(rows) - len(gone)
+        for future in futures:
+            future.result()
+    assert_holds(server, np.setdiff1d(rows, gone))
+
+
+def test_damaged_new_segment_is_named_until_the_index_does_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changer = build(tmp_path / "x", LOSSY, range(200))
+    server = Index(tmp_path / "x")
+    changer.add(source(range(200, 260)), command="test")
+    path = tmp_path / "x" / "segments" / "000001" / "vectors.npy"
+    path.write_bytes(path.read_bytes()[:-4] + bytes(4))
+    for use in (server.snapshot, lambda: server.search(queries(), 5)):
+        with pytest.raises(ValueError, match=r"000001/vectors\.npy: expected SHA-256"):
+            use()
+    changer.rebuild(LOSSY, command="test")
+    assert len(server) == 260
 
 
 @pytest.mark.parametrize("operation", ["remove", "add", "rebuild"])

@@ -6,8 +6,8 @@
     removed-<line>.npy  ids removed up to the checkpoint
 
 A change is prepared aside, becomes valid with its journal line, and is then checkpointed by replacing the manifest. An
-open index looks at both files before every search, so a search that begins after `remove` returned, in whichever
-process, no longer finds the image, and one under way sees the old or the new index, never a mixture.
+open index looks at both files before every search (see reader.py), so a search that begins after `remove` returned, in
+whichever process, no longer finds the image, and one under way sees the old or the new index, never a mixture.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,13 @@ import numpy as np
 
 from fastgda.core import manifest_path, read_manifest, sha256_file
 from fastgda.index.backend import EXACT, Neighbours, as_vectors, check_k
-from fastgda.index.journal import JOURNAL, Journal, State, exclusive, read_checkpoint, write_checkpoint
-from fastgda.index.segment import TRAINED, Segment, SegmentConfig, build_segment, live_source
-from fastgda.index.snapshot import Settings, Snapshot, Stamp
+from fastgda.index.journal import JOURNAL, Journal, State, exclusive, write_checkpoint
+from fastgda.index.reader import SEGMENTS, Reader
+from fastgda.index.segment import TRAINED, SegmentConfig, build_segment, live_source
+from fastgda.index.snapshot import Settings, Snapshot
 from fastgda.index.source import Source
 
-SEGMENTS, LOCK = "segments", "lock"
+LOCK = "lock"
 EXACT_ADDITION = 65_536
 """Images up to which an addition is searched exhaustively instead of by the trained structure."""
 REMOVED_LIMIT, SEGMENT_LIMIT = 0.2, 8
@@ -57,11 +57,7 @@ class Index:
         a file is missing, damaged or of another index.
         """
         self.path = Path(path)
-        self.journal = Journal(self.path / JOURNAL)
-        self._verify = verify
-        self._loading = threading.Lock()
-        self._open: dict[tuple[str, str], Segment] = {}
-        self._snapshot = self._load()
+        self._reader = Reader(self.path, verify=verify)
         found = self.manifest["inputs"].get("ranker")
         if ranker is not None and found != ranker:
             raise ValueError(
@@ -101,30 +97,29 @@ class Index:
     @property
     def dim(self) -> int:
         """Width D of an embedding."""
-        return self._snapshot.dim
+        return self._reader.current().dim
 
     def __len__(self) -> int:
         """Images that can be found."""
-        return self.snapshot().live
+        return self._reader.current().live
 
     def snapshot(self) -> Snapshot:
-        """The index as it is on disk now; what it is made of does not change any more."""
-        if self._snapshot.stamp != self._stamp():
-            with self._loading:
-                if self._snapshot.stamp != self._stamp():
-                    self._snapshot = self._load()
-        return self._snapshot
+        """The index as it is on disk now, once all of it is open; what it is made of does not change any more."""
+        return self._reader.newest()
 
     def search(self, queries: np.ndarray, k: int, settings: Settings | None = None) -> Neighbours:
-        """The `k` images of the highest inner product with each of `queries` [Q, D], by default as calibrated."""
-        snapshot = self.snapshot()
+        """The `k` images of the highest inner product with each of `queries` [Q, D], by default as calibrated.
+
+        Large segments that were added a moment ago, here or in another process, are searched as soon as they are open.
+        """
+        snapshot = self._reader.current()
         vectors = as_vectors("queries", queries, snapshot.dim)
         check_k(k, snapshot.live)
         return snapshot.search(vectors, k, settings or snapshot.settings)
 
     def metadata(self, ids: np.ndarray) -> list[dict[str, Any] | None]:
         """What is known of each id; `None` for one that is not in the index or was removed."""
-        return self.snapshot().metadata(np.asarray(ids, dtype=np.int64))
+        return self._reader.current().metadata(np.asarray(ids, dtype=np.int64))
 
     def add(self, source: Source, *, command: str) -> Change:
         """Adds images under ids that the index never held; a few are searched exactly until the next rebuild.
@@ -229,7 +224,7 @@ class Index:
 
     def _commit(self, state: State, entry: dict[str, Any], *, keep_calibration: bool = True) -> None:
         """The journal line, with which the change is valid, then the checkpoint. The caller holds the lock."""
-        after = self.journal.append(state, entry)
+        after = self._reader.journal.append(state, entry)
         self._write_checkpoint(after, self.manifest.get("calibration") if keep_calibration else None)
 
     def _write_checkpoint(self, state: State, calibration: dict[str, Any] | None) -> None:
@@ -242,37 +237,6 @@ class Index:
         for folder in (self.path / SEGMENTS).iterdir():
             if folder.name not in state.segments:
                 shutil.rmtree(folder)
-
-    def _stamp(self) -> Stamp:
-        """Changes with every checkpoint and every journal line."""
-        try:
-            manifest, journal = os.stat(self.path / "manifest.json"), os.stat(self.path / JOURNAL)
-        except FileNotFoundError as error:
-            raise ValueError(f"{self.path}: expected an index, found no {Path(error.filename).name} in it") from error
-        return manifest.st_ino, manifest.st_mtime_ns, journal.st_size, journal.st_mtime_ns
-
-    def _load(self) -> Snapshot:
-        """Reads manifest, journal and new segments; starts again if they change meanwhile."""
-        while True:
-            stamp = self._stamp()
-            try:
-                return self._read(stamp)
-            except (ValueError, OSError):
-                if self._stamp() == stamp:
-                    raise
-
-    def _read(self, stamp: Stamp) -> Snapshot:
-        manifest, checkpoint = read_checkpoint(self.path)
-        if not self._open and self._verify:
-            self.journal.verify(checkpoint.size, manifest["state"]["journal"])
-        state = self.journal.replay(checkpoint)
-        self._open = {
-            (name, sha): self._open.get((name, sha))
-            or Segment(self.path / SEGMENTS / name, sha256=sha, verify=self._verify)
-            for name, sha in state.segments.items()
-        }
-        calibration = manifest.get("calibration") if state.segments.keys() >= checkpoint.segments.keys() else None
-        return Snapshot.make(stamp, state, tuple(self._open.values()), calibration)
 
 
 def _sync(segment: Path) -> None:
