@@ -15,8 +15,8 @@ from fastgda.core import ROOT
 
 PACKAGES = ("fastgda", "feature_extraction", "abu", "serving", "benchmark")
 COMMANDS = ("train", "eval", "demo")
-FRAME = {"fastgda.core", "fastgda.flags"}
-"""What every package may use of the student's: errors, files, manifests and the command line, nothing of the method."""
+FRAME = {"fastgda.core", "fastgda.flags", "fastgda.cluster"}
+"""What every package may use of the student's: errors, files, manifests, the command line and workers, no method."""
 ALLOWED = {
     "fastgda": {"fastgda"},
     "feature_extraction": {"feature_extraction", *FRAME},
@@ -30,7 +30,8 @@ IMPORTERS = {
     # one module for each kind of source model
     "diffusers": {"abu/models.py", "abu/coco.py", "abu/pipelines.py"},
     "gradio": {"serving/page.py"},
-    "ray": {"abu/cluster.py", "feature_extraction/cluster.py"},
+    # pieces of work in any order; a stream of shards that Ray Data schedules
+    "ray": {"fastgda/cluster.py", "feature_extraction/cluster.py"},
     "open_clip": {"feature_extraction/clip.py"},
     "timm": {"feature_extraction/vit.py"},
     "wandb": {"fastgda/tracking.py"},

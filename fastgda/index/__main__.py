@@ -20,13 +20,15 @@ from typing import Any, Literal
 
 import numpy as np
 
+from fastgda.cluster import add_cluster_flags, cluster_from
 from fastgda.core import command_line, command_parser, load_npy
 from fastgda.index.calibrate import calibrate
 from fastgda.index.metadata import metadata_bytes
 from fastgda.index.plan import describe, estimate, measured_flops, recommend
-from fastgda.index.segment import SegmentConfig
+from fastgda.index.segment import BuildShards, SegmentConfig, one_by_one
 from fastgda.index.source import Source, load_embedding
 from fastgda.index.store import Change, Index
+from fastgda.index.workers import on_workers
 
 AUTO = "auto"
 EXAMPLES = {
@@ -57,7 +59,7 @@ def build_config(args: argparse.Namespace, images: int, dim: int) -> tuple[Segme
         chosen, reasons = SegmentConfig(args.factory, chosen.store), ("the factory is as asked for",)
     store: Literal["float16", "float32"] = args.store or chosen.store
     on_disk = chosen.on_disk if args.on_disk is None else args.on_disk
-    return SegmentConfig(chosen.factory, store, on_disk, args.shards or chosen.shards, args.seed), reasons
+    return SegmentConfig(chosen.factory, store, on_disk, _shards(args, chosen), args.seed), reasons
 
 
 def run_build(args: argparse.Namespace) -> None:
@@ -74,7 +76,7 @@ def run_build(args: argparse.Namespace) -> None:
     source = Source.from_files(args.vectors, args.metadata, embed)
     config, reasons = build_config(args, len(source), source.dim)
     print("\n".join(f"- {reason}" for reason in reasons))
-    Index.create(args.path, source, config, ranker=ranker, command=args.command_line)
+    Index.create(args.path, source, config, ranker=ranker, command=args.command_line, build=_builder(args))
     print(f"{args.path}: {len(source):,} images, {config.factory}")
     _name_left_out(source)
 
@@ -146,10 +148,10 @@ def run_rebuild(args: argparse.Namespace) -> None:
     if args.factory is None:
         kept = max(snapshot.segments, key=len).config
         on_disk = kept.on_disk if args.on_disk is None else args.on_disk
-        config = SegmentConfig(kept.factory, args.store or kept.store, on_disk, args.shards or kept.shards, args.seed)
+        config = SegmentConfig(kept.factory, args.store or kept.store, on_disk, _shards(args, kept), args.seed)
     else:
         config, _ = build_config(args, snapshot.live, snapshot.dim)
-    _report(args, index.rebuild(config, command=args.command_line), "rebuilt from")
+    _report(args, index.rebuild(config, command=args.command_line, build=_builder(args)), "rebuilt from")
     if snapshot.calibration is not None:
         print("run calibrate again: what was measured was the replaced structure")
 
@@ -222,6 +224,7 @@ def _add_structure(sub: argparse.ArgumentParser, default: str | None) -> None:
     add("--shards", type=int, default=0, help="parts built one by one and merged (default: as recommended)")
     add("--on_disk", action=argparse.BooleanOptionalAction, help="leave inverted lists on disk (default: as needed)")
     add("--seed", type=int, default=0, help="of the choice of training vectors")
+    add_cluster_flags(sub)
 
 
 def _add_rest(subs: dict[str, Any]) -> None:
@@ -233,6 +236,16 @@ def _add_rest(subs: dict[str, Any]) -> None:
     which.add_argument("--ids", type=int, nargs="+", help="ids")
     which.add_argument("--creator", help="all images of exactly this creator")
     which.add_argument("--list", type=Path, help="text file of ids, one on a line")
+
+
+def _shards(args: argparse.Namespace, chosen: SegmentConfig) -> int:
+    """As asked for; else as chosen, and one for each worker at least."""
+    return args.shards or max(chosen.shards, args.workers or 1)
+
+
+def _builder(args: argparse.Namespace) -> BuildShards:
+    cluster = cluster_from(args)
+    return one_by_one if cluster is None else on_workers(cluster)
 
 
 def _opened_with_queries(args: argparse.Namespace) -> tuple[Index, np.ndarray]:

@@ -13,10 +13,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -37,7 +37,7 @@ from fastgda.core import (
 )
 from fastgda.index.backend import EXACT, LISTS_FILE, Structure, as_vectors, merge_on_disk
 from fastgda.index.metadata import MetadataTable, write_metadata
-from fastgda.index.source import Kept, Source, kept_tables
+from fastgda.index.source import Kept, NpyRows, Source, Vectors, kept_tables
 
 INDEX, VECTORS, IDS, ORDER, TRAINED = "index.faiss", "vectors.npy", "ids.npy", "order.npy", "trained.faiss"
 METADATA, MAPPED_METADATA = "metadata.parquet", "metadata.arrow"
@@ -80,13 +80,40 @@ def training_rows(ids: np.ndarray, count: int, seed: int) -> np.ndarray:
     return np.argsort(value ^ (value >> np.uint64(31)), kind="stable")[:count]
 
 
+class Shard(NamedTuple):
+    """A part of a segment under construction."""
+
+    path: Path
+    """Where it is written, whole or not at all, beside the stored vectors."""
+    start: int
+    stop: int
+    """Rows start..stop-1."""
+
+
+BuildShards = Callable[[Vectors, SegmentConfig, list[Shard]], None]
+"""Makes some shards, in whatever order and process."""
+
+
+def one_by_one(vectors: Vectors, config: SegmentConfig, shards: list[Shard]) -> None:
+    """Makes `shards` in this process."""
+    for shard in shards:
+        build_shard(shard, vectors, config)
+
+
 def build_segment(
-    folder: Path, source: Source, config: SegmentConfig, *, ranker: str, command: str, trained: Path | None
+    folder: Path,
+    source: Source,
+    config: SegmentConfig,
+    *,
+    ranker: str,
+    command: str,
+    trained: Path | None,
+    build: BuildShards = one_by_one,
 ) -> None:
     """Builds a segment in `folder`, going on from the whole shards of an interrupted build of the same source.
 
     `ranker` identifies what made the vectors of `source` (see `load_embedding`). `trained` is the structure of another
-    segment to use; else one is trained on rows of this source.
+    segment to use; else one is trained on rows of this source. `build` makes the shards that are missing.
     """
     ids = hashlib.sha256(source.ids.tobytes()).hexdigest()
     plan = {"ranker": ranker, "inputs": list(source.inputs.values()), "ids": ids, "dim": source.dim}
@@ -100,32 +127,38 @@ def build_segment(
     save_npy(folder / IDS, source.ids)
     save_npy(folder / ORDER, np.argsort(source.ids, kind="stable"))
     structure = _trained(folder / TRAINED, source, config, trained)
-    bounds = np.linspace(0, len(source), config.shards + 1).astype(int)
-    shards = [folder / f"shard_{number:05d}.faiss" for number in range(config.shards)]
-    for path, start, stop in zip(shards, bounds, bounds[1:], strict=False):
-        if not path.is_file():
-            build_shard(path, source, config, int(start), int(stop))
-    _merge(folder, structure, shards, on_disk=config.on_disk)
-    for path in (*shards, folder / PLAN):
+    if config.shards > 1 and not config.on_disk:
+        structure.merge(_empty(folder, config, source.dim))  # refuses now what cannot be merged later
+    _store(folder / VECTORS, len(source), source.dim, config.store)
+    bounds = np.linspace(0, len(source), config.shards + 1).astype(int).tolist()
+    paths = [folder / f"shard_{number:05d}.faiss" for number in range(config.shards)]
+    shards = [Shard(*parts) for parts in zip(paths, bounds, bounds[1:], strict=False)]
+    build(source.vectors(), config, [shard for shard in shards if not shard.path.is_file()])
+    _merge(folder, structure, paths, on_disk=config.on_disk)
+    for path in (*paths, folder / PLAN, *folder.glob(".*")):
         path.unlink(missing_ok=True)
     files = tuple(sorted(path for path in folder.iterdir() if path != manifest_path(folder)))
     write_manifest(folder, config, command=command, inputs=source.inputs, files=files, rows=len(source), dim=source.dim)
 
 
-def build_shard(path: Path, source: Source, config: SegmentConfig, start: int, stop: int) -> None:
-    """Stores and indexes rows start..stop-1 under the segment's trained structure; needs nothing of other shards."""
-    stored = _store(path.parent / VECTORS, len(source), source.dim, config.store)
-    trained = path.parent / TRAINED
-    structure = Structure.read(trained) if trained.is_file() else Structure.create(config.factory, source.dim)
-    rows = tqdm(total=stop - start, desc=path.stem, unit="image")
-    for first, vectors in source.blocks(start, stop):
-        stored[first : first + len(vectors)] = vectors
-        # what is searched is what is stored, so that a rebuild from the stored vectors gives the same structure
-        structure.add(as_vectors("stored vectors", stored[first : first + len(vectors)]), first)
-        rows.update(len(vectors))
-    rows.close()
-    stored.flush()
-    with atomic_path(path) as temporary:
+def build_shard(shard: Shard, vectors: Vectors, config: SegmentConfig) -> None:
+    """Stores and indexes the rows of `shard` under the segment's trained structure; needs nothing of other shards."""
+    folder = shard.path.parent
+    structure = _empty(folder, config, vectors.dim)
+    first_byte = open_memmap(folder / VECTORS, mode="r").offset
+    # written, not mapped: a full disk is an error then, and processes on several nodes may share a page of the file
+    with (
+        open(folder / VECTORS, "r+b") as stored,
+        tqdm(total=shard.stop - shard.start, desc=shard.path.stem, unit="image") as bar,
+    ):
+        for first, block in vectors.blocks(shard.start, shard.stop):
+            kept = block.astype(config.store)
+            stored.seek(first_byte + first * kept[0].nbytes)
+            stored.write(kept.tobytes())
+            # what is searched is what is stored, so that a rebuild from the stored vectors gives the same structure
+            structure.add(as_vectors("stored vectors", kept), first)
+            bar.update(len(block))
+    with atomic_path(shard.path) as temporary:
         structure.write(temporary)
 
 
@@ -192,7 +225,10 @@ def live_source(segments: list[tuple[Segment, np.ndarray]]) -> Source:
     ids = np.concatenate([segment.ids[rows] for segment, rows in segments])
     inputs = {segment.folder.name: sha256_file(manifest_path(segment.folder)) for segment, _ in segments}
     return Source(
-        [Kept(segment.vectors, rows) for segment, rows in segments if len(rows)], ids, tables=tables, inputs=inputs
+        [Kept(NpyRows(segment.folder / VECTORS), rows) for segment, rows in segments if len(rows)],
+        ids,
+        tables=tables,
+        inputs=inputs,
     )
 
 
@@ -218,12 +254,17 @@ def _trained(path: Path, source: Source, config: SegmentConfig, given: Path | No
     return structure
 
 
-def _store(path: Path, rows: int, dim: int, store: str) -> np.memmap:
-    """The file of stored vectors, open for writing; made at its full size by whoever comes first."""
+def _empty(folder: Path, config: SegmentConfig, dim: int) -> Structure:
+    """The trained structure of the segment under construction in `folder`."""
+    trained = folder / TRAINED
+    return Structure.read(trained) if trained.is_file() else Structure.create(config.factory, dim)
+
+
+def _store(path: Path, rows: int, dim: int, store: str) -> None:
+    """Makes the file of stored vectors at its full size, unless it is there."""
     if not path.is_file():
         with atomic_path(path) as temporary:
             open_memmap(temporary, mode="w+", dtype=np.dtype(store), shape=(rows, dim)).flush()
-    return open_memmap(path, mode="r+")
 
 
 def _merge(folder: Path, structure: Structure, shards: list[Path], *, on_disk: bool) -> None:

@@ -47,10 +47,30 @@ class Rows(Protocol):
 Embed = Callable[[np.ndarray], np.ndarray]
 
 
+class NpyRows:
+    """Rows of a `.npy` file, mapped; another process gets its path, not its contents."""
+
+    def __init__(self, path: Path) -> None:
+        """`ValueError` naming the file if it is missing, damaged or no matrix."""
+        self.path = path
+        self.array = load_npy(path, (None, None), mmap=True)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, D)."""
+        return self.array.shape
+
+    def __getitem__(self, rows: slice | np.ndarray, /) -> np.ndarray:
+        return self.array[rows]
+
+    def __reduce__(self) -> tuple[type[NpyRows], tuple[Path]]:
+        return NpyRows, (self.path.absolute(),)
+
+
 class Kept:
     """Some ascending rows of an array, read when asked for."""
 
-    def __init__(self, array: np.ndarray, rows: np.ndarray) -> None:
+    def __init__(self, array: Rows, rows: np.ndarray) -> None:
         self._array = array
         self._rows = rows
 
@@ -72,63 +92,19 @@ def kept_tables(tables: Iterable[pa.Table], rows: np.ndarray) -> Iterator[pa.Tab
         first += len(table)
 
 
-class Source:
-    """Vectors with their ids and metadata, in a stream."""
+class Vectors:
+    """The vectors of a source, in a stream: what another process needs to build a shard."""
 
-    def __init__(
-        self,
-        arrays: Sequence[Rows],
-        ids: np.ndarray | None = None,
-        embed: Embed | None = None,
-        tables: Callable[[], Iterator[pa.Table]] | None = None,
-        inputs: dict[str, str] | None = None,
-        left_out: int = 0,
-    ) -> None:
-        """`ids` by default count from 0; `embed` maps features to embeddings.
-
-        `inputs`: name -> hash of each file, in order. `left_out`: rows that are not among these because their pictures
-        could not be read.
-        """
+    def __init__(self, arrays: Sequence[Rows], embed: Embed | None = None) -> None:
+        """`embed` maps features to embeddings; by default rows are taken as they are."""
         self.arrays = arrays
         self.starts = np.cumsum([0, *(array.shape[0] for array in arrays)])
         if len(self) == 0:
             raise ValueError("vectors: expected at least one training image, found none")
         if len({array.shape[1:] for array in arrays}) != 1 or len(arrays[0].shape) != 2:
             raise ValueError(f"vectors: expected files of one width, found {[list(array.shape) for array in arrays]}")
-        self.ids = as_ids("ids", np.arange(len(self)) if ids is None else ids, len(self))
-        self._embed = embed
-        self._tables = tables
-        self.inputs = inputs or {}
-        self.left_out = left_out
+        self.embed = embed
         self.dim = self.rows(0, 1).shape[1]
-
-    @classmethod
-    def from_files(cls, vectors: Sequence[Path], metadata: Sequence[Path] = (), embed: Embed | None = None) -> Source:
-        """Vectors of `.npy` files in order, with Parquet files whose rows are in the same order.
-
-        Ids are the metadata's column `id`, else 0, 1, 2, ... A row of zeros stands for a picture that could not be
-        read; it is left out, and the others keep their ids. Raises `ValueError` naming a file that is missing, damaged
-        or of another number of rows.
-        """
-        arrays = [load_npy(path, (None, None), mmap=True) for path in vectors]
-        total = sum(len(array) for array in arrays)
-        if metadata and (found := count_rows(metadata)) != total:
-            names = " ".join(map(str, metadata))
-            raise ValueError(f"{names}: expected {total} rows, as many as vectors, found {found}")
-        ids = stored_ids(metadata)
-        readable = [np.flatnonzero(~unreadable(array)) for array in arrays]
-        starts = np.cumsum([0, *map(len, arrays)])
-        rows = np.concatenate([part + start for part, start in zip(readable, starts, strict=False)])
-        if total and not len(rows):
-            names = " ".join(map(str, vectors))
-            raise ValueError(f"{names}: expected pictures that could be read, found rows of zeros only")
-        inputs: dict[str, str] = {}
-        for path in (*vectors, *metadata):
-            inputs[_unused(path.name, inputs)] = sha256_file(path)
-        tables = (lambda: kept_tables(read_tables(metadata), rows)) if metadata else None
-        pairs = zip(arrays, readable, strict=True)
-        kept = [array if len(part) == len(array) else Kept(array, part) for array, part in pairs]
-        return cls(kept, rows if ids is None else ids[rows], embed, tables, inputs, total - len(rows))
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -157,13 +133,69 @@ class Source:
         for first in range(start, stop, BLOCK):
             yield first, self.rows(first, min(first + BLOCK, stop))
 
+    def _embedded(self, parts: list[np.ndarray], first: int) -> np.ndarray:
+        vectors = as_vectors(f"vectors from row {first}", np.concatenate(parts))
+        return vectors if self.embed is None else as_vectors("embeddings", self.embed(vectors))
+
+
+class Source(Vectors):
+    """Vectors with their ids and metadata, in a stream."""
+
+    def __init__(
+        self,
+        arrays: Sequence[Rows],
+        ids: np.ndarray | None = None,
+        embed: Embed | None = None,
+        tables: Callable[[], Iterator[pa.Table]] | None = None,
+        inputs: dict[str, str] | None = None,
+        left_out: int = 0,
+    ) -> None:
+        """`ids` by default count from 0; `embed` maps features to embeddings.
+
+        `inputs`: name -> hash of each file, in order. `left_out`: rows that are not among these because their pictures
+        could not be read.
+        """
+        super().__init__(arrays, embed)
+        self.ids = as_ids("ids", np.arange(len(self)) if ids is None else ids, len(self))
+        self._tables = tables
+        self.inputs = inputs or {}
+        self.left_out = left_out
+
+    @classmethod
+    def from_files(cls, vectors: Sequence[Path], metadata: Sequence[Path] = (), embed: Embed | None = None) -> Source:
+        """Vectors of `.npy` files in order, with Parquet files whose rows are in the same order.
+
+        Ids are the metadata's column `id`, else 0, 1, 2, ... A row of zeros stands for a picture that could not be
+        read; it is left out, and the others keep their ids. Raises `ValueError` naming a file that is missing, damaged
+        or of another number of rows.
+        """
+        arrays = [NpyRows(path) for path in vectors]
+        total = sum(array.shape[0] for array in arrays)
+        if metadata and (found := count_rows(metadata)) != total:
+            names = " ".join(map(str, metadata))
+            raise ValueError(f"{names}: expected {total} rows, as many as vectors, found {found}")
+        ids = stored_ids(metadata)
+        readable = [np.flatnonzero(~unreadable(array.array)) for array in arrays]
+        starts = np.cumsum([0, *(array.shape[0] for array in arrays)])
+        rows = np.concatenate([part + start for part, start in zip(readable, starts, strict=False)])
+        if total and not len(rows):
+            names = " ".join(map(str, vectors))
+            raise ValueError(f"{names}: expected pictures that could be read, found rows of zeros only")
+        inputs: dict[str, str] = {}
+        for path in (*vectors, *metadata):
+            inputs[_unused(path.name, inputs)] = sha256_file(path)
+        tables = (lambda: kept_tables(read_tables(metadata), rows)) if metadata else None
+        pairs = zip(arrays, readable, strict=True)
+        kept = [array if len(part) == array.shape[0] else Kept(array, part) for array, part in pairs]
+        return cls(kept, rows if ids is None else ids[rows], embed, tables, inputs, total - len(rows))
+
     def tables(self) -> Iterator[pa.Table]:
         """The metadata, a piece at a time."""
         return without_metadata(len(self)) if self._tables is None else self._tables()
 
-    def _embedded(self, parts: list[np.ndarray], first: int) -> np.ndarray:
-        vectors = as_vectors(f"vectors from row {first}", np.concatenate(parts))
-        return vectors if self._embed is None else as_vectors("embeddings", self._embed(vectors))
+    def vectors(self) -> Vectors:
+        """Without ids and metadata."""
+        return Vectors(self.arrays, self.embed)
 
 
 def load_embedding(checkpoint: Path | None, unit: bool) -> tuple[Embed, Embed, str]:

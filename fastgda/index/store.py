@@ -25,7 +25,7 @@ from fastgda.core import manifest_path, read_manifest, sha256_file
 from fastgda.index.backend import EXACT, Neighbours, as_vectors, check_k
 from fastgda.index.journal import JOURNAL, Journal, State, exclusive, write_checkpoint
 from fastgda.index.reader import SEGMENTS, Reader
-from fastgda.index.segment import TRAINED, SegmentConfig, build_segment, live_source
+from fastgda.index.segment import TRAINED, BuildShards, SegmentConfig, build_segment, live_source, one_by_one
 from fastgda.index.snapshot import Settings, Snapshot
 from fastgda.index.source import Source
 
@@ -66,15 +66,27 @@ class Index:
             )
 
     @classmethod
-    def create(cls, path: str | Path, source: Source, config: SegmentConfig, *, ranker: str, command: str) -> Index:
-        """Builds an index in folder `path`, going on from an interrupted build of the same source and configuration."""
+    def create(
+        cls,
+        path: str | Path,
+        source: Source,
+        config: SegmentConfig,
+        *,
+        ranker: str,
+        command: str,
+        build: BuildShards = one_by_one,
+    ) -> Index:
+        """Builds an index in folder `path`, going on from an interrupted build of the same source and configuration.
+
+        `build` makes the shards: in this process, or see workers.py.
+        """
         path = Path(path)
         if manifest_path(path).exists():
             raise ValueError(f"{path}: expected no index there, found one; use add, remove or rebuild, or delete it")
         segments = path / SEGMENTS
         segments.mkdir(parents=True, exist_ok=True)
         with exclusive(path / LOCK, wait=False):
-            build_segment(path / "building", source, config, ranker=ranker, command=command, trained=None)
+            build_segment(path / "building", source, config, ranker=ranker, command=command, trained=None, build=build)
             shutil.rmtree(segments)  # of a build that was killed right before its manifest
             segments.mkdir()
             name = _next_name(segments)
@@ -170,7 +182,7 @@ class Index:
                 self._commit(snapshot.state, {"removed": wanted.tolist(), **why, "command": command})
         return Change(len(wanted), self.advice())
 
-    def rebuild(self, config: SegmentConfig, *, command: str) -> Change:
+    def rebuild(self, config: SegmentConfig, *, command: str, build: BuildShards = one_by_one) -> Change:
         """One new segment of what is left, trained anew; searches, additions and removals go on meanwhile.
 
         What is added meanwhile stays a segment of its own, what is removed meanwhile stays removed.
@@ -183,7 +195,7 @@ class Index:
             source = live_source(list(zip(snapshot.segments, rows, strict=True)))
             building = self.path / "rebuilding"
             ranker = self.manifest["inputs"]["ranker"]
-            build_segment(building, source, config, ranker=ranker, command=command, trained=None)
+            build_segment(building, source, config, ranker=ranker, command=command, trained=None, build=build)
             with exclusive(self.path / LOCK):
                 entry = {"replaced": sorted(snapshot.state.segments)}
                 self._commit_built(building, entry, command, keep_calibration=False)
