@@ -26,7 +26,7 @@ ALLOWED = {
     **{command: {*PACKAGES, *COMMANDS} for command in COMMANDS},
 }
 IMPORTERS = {
-    "faiss": {"fastgda/index/backend.py"},
+    "faiss": {"fastgda/index/backend.py", "fastgda/index/gpu.py"},
     # one module for each kind of source model
     "diffusers": {"abu/models.py", "abu/coco.py", "abu/pipelines.py"},
     "gradio": {"serving/page.py"},

@@ -1,4 +1,4 @@
-"""FAISS behind a small interface; the only module that imports it.
+"""FAISS behind a small interface; only this module and gpu.py import it.
 
 Embeddings are calibrated: a higher inner product of query and training embedding means more influential, so retrieval
 is a maximum-inner-product search. Inside a `Structure` a vector is known by its row 0, 1, 2, ...; ids are kept outside.
@@ -7,6 +7,7 @@ is a maximum-inner-product search. Inside a `Structure` a vector is known by its
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ try:
     from faiss.contrib.ondisk import merge_ondisk
 except ImportError as error:
     raise ImportError("faiss is not installed; pip install 'fastgda[cpu]' or 'fastgda[gpu]'") from error
+
+from fastgda.index.gpu import GPU_LIMIT, Copy, assigning, copied
 
 EXACT = "Flat"
 """Factory string whose scores are the inner products themselves, so that nothing is re-ranked."""
@@ -81,6 +84,7 @@ class Structure:
     def __init__(self, index: faiss.Index) -> None:
         self._index = index
         self._ivf = faiss.try_extract_index_ivf(index)
+        self._gpu: Copy | None = None
 
     @classmethod
     def create(cls, factory: str, dim: int) -> Structure:
@@ -165,7 +169,8 @@ class Structure:
     def train(self, sample: np.ndarray) -> None:
         """Trains on `sample` [n, D]; the same sample in the same order gives the same structure."""
         try:
-            self._index.train(sample)
+            with nullcontext() if self._ivf is None else assigning(self._ivf):
+                self._index.train(sample)
         except RuntimeError as error:
             raise ValueError(
                 f"training on {len(sample)} vectors: expected enough of them, found: {_reason(error)}"
@@ -180,7 +185,14 @@ class Structure:
 
     def search(self, queries: np.ndarray, depth: int, nprobe: int) -> tuple[np.ndarray, np.ndarray]:
         """(approximate scores, rows) [Q, depth], best first; row -1 where fewer than `depth` were reached."""
-        return self._index.search(queries, depth, params=_parameters(self._index, nprobe))
+        parameters = _parameters(self._index, nprobe)
+        if self._gpu is not None and max(depth, min(nprobe, self.lists)) <= GPU_LIMIT:
+            return self._gpu.search(queries, depth, parameters)
+        return self._index.search(queries, depth, params=parameters)
+
+    def use_gpu(self) -> None:
+        """Searches on a GPU from now on, where `gpu.copied` can."""
+        self._gpu = copied(self._index)
 
     def merge(self, other: Structure) -> None:
         """Moves the vectors of `other`, trained alike, in here; without inverted lists its rows follow those here."""

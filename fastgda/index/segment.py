@@ -188,6 +188,8 @@ class Segment:
         self.mapped = sum(sizes.get(name, 0) for name in (LISTS_FILE, VECTORS, IDS, ORDER, MAPPED_METADATA))
         """Bytes of which parts are in memory as file cache."""
         self.structure = Structure.read(folder / INDEX)
+        if not self.config.on_disk:
+            self.structure.use_gpu()
         self.vectors = load_npy(folder / VECTORS, (rows, dim), mmap=True)
         self.ids = load_npy(folder / IDS, (rows,), mmap=True)
         self._order = load_npy(folder / ORDER, (rows,), mmap=True)
