@@ -335,6 +335,21 @@ def test_recommendation(images: int, gigabytes: float, factory: str, on_disk: bo
     assert Structure.create(factory.replace("65536", "256"), 768).dim == 768
 
 
+@pytest.mark.parametrize(
+    ("images", "gigabytes", "milliseconds", "factory"),
+    [
+        (118_287, 4, 1, "HNSW32,SQ8"),
+        (118_287, 4, 100, "Flat"),
+        (118_287, 0.1, 1, "OPQ64_256,IVF1024,PQ64"),
+        (5_000, 4, 1, "Flat"),
+        (10_000_000, 4, 1, "OPQ64_256,IVF16384,PQ64"),
+    ],
+)
+def test_recommendation_for_a_latency(images: int, gigabytes: float, milliseconds: float, factory: str) -> None:
+    advice = recommend(images, 768, gigabytes * 1e9, milliseconds / 1e3)
+    assert advice.config.factory == factory and not advice.config.on_disk and advice.reasons
+
+
 @pytest.mark.parametrize("factory", ["Flat", "SQ8", "IVF8,SQ8", "HNSW16"])
 def test_estimate_is_what_the_files_weigh(tmp_path: Path, factory: str) -> None:
     config = SegmentConfig(factory, "float16")

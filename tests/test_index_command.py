@@ -120,6 +120,7 @@ def test_dry_run_prints_and_writes_nothing(files: Path, capsys: pytest.CaptureFi
     assert main([*build_, "--factory", "IVF16,PQ8", "--store", "float16"]) == 0
     out = capsys.readouterr().out
     assert "16 searched, 32 stored" in out and "300 vectors, about" in out
+    assert main([*build_, "--latency_ms", "0.0001"]) == 0 and "HNSW32,SQ8" in capsys.readouterr().out
     known = ["--metadata", str(files / "a.parquet"), str(files / "b.parquet")]
     assert main([*build_, *known]) == 0 and "GB searching, 0.30 GB building" in capsys.readouterr().out
     assert sorted(files.iterdir()) == before
@@ -139,7 +140,8 @@ def test_metadata_is_estimated(files: Path) -> None:
         (["build", "{x}/y", "--vectors", "{x}/c.npy"], "c.npy: expected a file, found nothing"),
         (["build", "{x}/y", "--vectors", "{x}/a.npy", "--metadata", "{x}/b.parquet"], "expected 200 rows"),
         (["build", "{x}/y", "--vectors", "{x}/a.npy", "--factory", "Fat"], "factory Fat: expected a FAISS factory"),
-        (["build", "{x}/y", "--vectors", "{x}/a.npy", "--memory_gb", "0"], "expected positive images, dim and memory"),
+        (["build", "{x}/y", "--vectors", "{x}/a.npy", "--memory_gb", "0"], "expected positive images, dim, memory"),
+        (["build", "{x}/y", "--vectors", "{x}/a.npy", "--latency_ms", "0"], "memory and latency, found 200, 16"),
         (["search", "{x}/x", "--queries", "{x}/q.npy", "--unit"], "expected an index of the ranker cosine, found one"),
         (["search", "{x}/x", "--queries", "{x}/q.npy", "--k", "201"], "k = 201: expected 1 to 200"),
         (["search", "{x}/x", "--queries", "{x}/q.npy", "--rows", "12"], "rows: expected 0 to 11, found 12 to 12"),

@@ -53,7 +53,8 @@ HELP = {
 
 def build_config(args: argparse.Namespace, images: int, dim: int) -> tuple[SegmentConfig, tuple[str, ...]]:
     """(what to build, why): the recommendation, where a flag does not say otherwise."""
-    advice = recommend(images, dim, args.memory_gb * 1e9)
+    latency = None if args.latency_ms is None else args.latency_ms / 1e3
+    advice = recommend(images, dim, args.memory_gb * 1e9, latency)
     chosen, reasons = advice.config, advice.reasons
     if args.factory != AUTO:
         chosen, reasons = SegmentConfig(args.factory, chosen.store), ("the factory is as asked for",)
@@ -220,6 +221,9 @@ def _add_structure(sub: argparse.ArgumentParser, default: str | None) -> None:
     add = sub.add_argument
     add("--factory", default=default, help=f"FAISS factory string, or {AUTO}: by size and memory (default: {default})")
     add("--memory_gb", type=float, default=4.0, help="memory that searching may take, for auto (default: 4)")
+    add(
+        "--latency_ms", type=float, help="milliseconds that a query may take, for auto (default: exact where it can be)"
+    )
     add("--store", choices=("float16", "float32"), help="numbers of the stored vectors (default: as recommended)")
     add("--shards", type=int, default=0, help="parts built one by one and merged (default: as recommended)")
     add("--on_disk", action=argparse.BooleanOptionalAction, help="leave inverted lists on disk (default: as needed)")
