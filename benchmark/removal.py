@@ -25,6 +25,7 @@ import argparse
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -221,6 +222,22 @@ def summarise(plan: Plan, effects: Effects) -> list[dict[str, Any]]:
     return rows
 
 
+def paired(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each two methods and each K the mean difference of their ΔL over the queries that both have, with a bootstrap
+    interval; `rows` are those of `summarise`.
+    """
+    found = []
+    for first, second in combinations((row for row in rows if row["method"] != RANDOM), 2):
+        of = [dict(zip(row["queries"], row["delta_loss"]["per_query"], strict=True)) for row in (first, second)]
+        queries = [query for query in of[0] if query in of[1]]
+        if first["K"] != second["K"] or len(queries) < 2:
+            continue
+        change = np.array([of[0][query] - of[1][query] for query in queries])
+        pair = {"first": first["method"], "second": second["method"], "K": first["K"], "queries": queries}
+        found.append(pair | {"difference": float(change.mean()), "interval": bootstrap_interval(change).tolist()})
+    return found
+
+
 def removal_line(row: dict[str, Any]) -> str:
     """A row as a line of text."""
     cells = (f"{key} {row[key]['mean']:+.4f} ± {row[key]['standard_error']:.4f}" for key in EFFECTS if key in row)
@@ -287,8 +304,8 @@ def main(argv: list[str] | None = None) -> None:
     effects = Effects(testbed, collection, config)
     rows = summarise(plan, effects)
     print(*map(removal_line, rows), sep="\n")
-    report = {"mode": testbed.name, "config": asdict(config), "rows": rows, "environment": environment()}
-    save_json(args.output, report)
+    report = {"mode": testbed.name, "config": asdict(config), "rows": rows, "pairs": paired(rows)}
+    save_json(args.output, report | {"environment": environment()})
     if effects.sampler is not None:
         effects.drawn(plan, testbed.query_captions("test")).save(args.output.with_name("pictures.npz"))
 

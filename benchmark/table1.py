@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmark.drawing import Figure, plt, save_figure
 from benchmark.markdown import interval, markdown, number
-from benchmark.methods import NEAREST
+from benchmark.methods import NEAREST, TUNED, is_teacher
 from benchmark.removal import RANDOM
 from fastgda.core import ROOT, atomic_path, command_line, command_parser
 
@@ -27,6 +27,7 @@ SOURCES = {
     "removal": "removal/removal.json",
     "lds": "lds/lds.json",
     "creators": "creators/creators.json",
+    "calibration": "calibration/calibration.json",
 }
 Row = dict[str, Any]
 
@@ -60,7 +61,8 @@ def table1(reports: dict[str, Row]) -> str:
     latency, lds, creators = (rows_by_method(reports.get(name)) for name in ("latency", "lds", "creators"))
     removals = removals_by_method(reports.get("removal"))
     levels = levels_of(removals)
-    methods = list(dict.fromkeys([*removals, *lds, *latency]))
+    # the others are in the table of LDS
+    methods = list(dict.fromkeys([*removals, *latency]))
 
     def order(method: str) -> tuple[float, float]:
         row = removals.get(method, {}).get(levels[-1], {}) if levels else {}
@@ -83,6 +85,24 @@ def table1(reports: dict[str, Row]) -> str:
     return markdown(header, lines)
 
 
+def pairs_table(report: Row) -> str | None:
+    """By how much a ranker's ΔL exceeds that of its untuned feature and of teachers; `None` without such pairs."""
+    found: dict[tuple[str, str], dict[int, str]] = {}
+    for pair in report["pairs"]:
+        first, second, sign = pair["first"], pair["second"], 1
+        if second.startswith(f"{TUNED}-"):
+            first, second, sign = second, first, -1
+        if first.startswith(f"{TUNED}-") and (first == f"{TUNED}-{second}" or is_teacher(second)):
+            bounds = sorted(sign * bound for bound in pair["interval"])
+            cell = f"{interval(sign * pair['difference'], bounds, 4)}, {len(pair['queries'])} queries"
+            found.setdefault((first, second), {})[pair["K"]] = cell
+    if not found:
+        return None
+    levels = sorted({level for cells in found.values() for level in cells})
+    lines = [[f"{a} over {b}", *(cells.get(level, "") for level in levels)] for (a, b), cells in found.items()]
+    return markdown(["", *(f"K = {level}" for level in levels)], lines)
+
+
 def lds_table(report: Row) -> str:
     """LDS of each method, the best first, and that of its order alone (`benchmark.lds.sharpened`); the ceiling."""
     lines = []
@@ -103,6 +123,25 @@ def creators_table(report: Row) -> str:
     if (bound := report["ceiling"]) is not None:
         lines.append(["one seed for the others", number(bound["spearman"]), number(bound["top1"])])
     return markdown(["", "Spearman over creators", "same first creator"], lines)
+
+
+def calibration_table(report: Row) -> str:
+    """Slope and R^2 of each method on each group of removals, and the error of its shares beside simpler rules'."""
+    groups = list(dict.fromkeys(name for row in report["rows"] for name in row["groups"]))
+    header = ["", *(f"{name}: slope, R²" for name in groups), "error of a share"]
+    lines = []
+    for row in report["rows"]:
+        cells = [row["groups"].get(name) for name in groups]
+        fits = [f"{cell['slope']:.2f}, {cell['r_squared']:.2f}" if cell else "" for cell in cells]
+        lines.append([row["method"], *fits, error_of_share(row["groups"]["creators"])])
+    for name, row in report["baselines"].items():
+        lines.append([name, *("" for _ in groups), error_of_share(row)])
+    return markdown(header, lines)
+
+
+def error_of_share(row: Row) -> str:
+    """With its interval."""
+    return interval(row["absolute_error"], row["interval"])
 
 
 def nearest_table(reports: dict[str, Row]) -> str | None:

@@ -15,7 +15,15 @@ from typing import Any
 
 from benchmark.markdown import markdown, number
 from benchmark.studies import LABELS, STUDIES
-from benchmark.table1 import creators_table, lds_table, nearest_table, read_reports, table1
+from benchmark.table1 import (
+    calibration_table,
+    creators_table,
+    lds_table,
+    nearest_table,
+    pairs_table,
+    read_reports,
+    table1,
+)
 from fastgda.core import ROOT, atomic_path, command_line, command_parser, require_file
 from fastgda.dataset import MODES
 
@@ -337,6 +345,11 @@ def judged_parts(reports: dict[str, Report]) -> list[str]:
             "creators and the cost of a query (`python -m benchmark.removal`, `benchmark.latency`):",
             table1(reports),
         ]
+        if pairs := pairs_table(removal):
+            parts += [
+                "The same query by query, ΔL of a ranker over that of its untuned feature and of teachers:",
+                pairs,
+            ]
     if "lds" in reports:
         lds = reports["lds"]
         truth = "the mean of two trainings of each" if lds["truth"] == "both" else "one training of each"
@@ -353,6 +366,13 @@ def judged_parts(reports: dict[str, Report]) -> list[str]:
             f"Leave-one-creator-out: summed influence of each of {len(creators['creators'])} creators against what its "
             f"removal does to a query, {creators['models']} seeds (`python -m benchmark.creators`):",
             creators_table(creators),
+        ]
+    if "calibration" in reports:
+        parts += [
+            "Is influence what retraining changes? Rise of a query's loss in models without some images against the "
+            "sum of their scores, in a unit fitted on validation queries: whole creators, random halves, and all "
+            "models of leave-K-out; and the error of a creator's share (`python -m benchmark.calibration`):",
+            calibration_table(reports["calibration"]),
         ]
     if nearest := nearest_table(reports):
         parts += [

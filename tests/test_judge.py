@@ -332,6 +332,13 @@ def test_removals_run_and_report_and_the_leaderboard_uses_them(retrained, scores
     null = rows[removal.RANDOM, 3]["delta_loss"]
     assert first["excess"] == pytest.approx(first["mean"] - null["mean"])
     assert 0 < rows["first", 3]["similarity"]["mean"] <= 1.000001
+    report = json.loads(output.read_text())
+    assert [(pair["first"], pair["second"], pair["K"]) for pair in report["pairs"]] == [
+        ("first", "second", 1),
+        ("first", "second", 3),
+    ]
+    change = np.subtract(*(rows[name, 3]["delta_loss"]["per_query"] for name in ("first", "second")))
+    assert report["pairs"][1]["difference"] == pytest.approx(change.mean())
     pictures = Retrained.load(tmp_path / "pictures.npz")
     kept = {(one.query, one.method, one.removed): one for one in pictures.removals}
     assert len(kept) == 2 * 3 * 2 and pictures.captions[0] == retrained.query_captions("test")[0]

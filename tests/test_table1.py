@@ -33,6 +33,28 @@ REPORTS = {
             {"method": "tuned", "K": 43} | effects(0.2, 0.15),
             {"method": "plain-knn", "K": 43} | effects(0.3, 0.25),
         ],
+        "pairs": [
+            {"first": "plain", "second": "tuned-pixel", "K": 5, "queries": [0, 3]}
+            | {"difference": 0.01, "interval": [-0.02, 0.04]},
+            {"first": "tuned-pixel", "second": "pixel", "K": 43, "queries": [0, 3]}
+            | {"difference": 0.03, "interval": [0.01, 0.05]},
+            {"first": "plain", "second": "pixel", "K": 43, "queries": [0, 3]}
+            | {"difference": 0.03, "interval": [0.01, 0.05]},
+            {"first": "tuned-pixel", "second": "minilm", "K": 43, "queries": [0, 3]}
+            | {"difference": 0.03, "interval": [0.01, 0.05]},
+        ],
+    },
+    "calibration/calibration.json": {
+        "rows": [
+            {
+                "method": "tuned",
+                "groups": {
+                    "creators": {"slope": 1.1, "r_squared": 0.5, "absolute_error": 0.04, "interval": [0.03, 0.05]},
+                    "43 images": {"slope": 0.9, "r_squared": 0.25},
+                },
+            }
+        ],
+        "baselines": {"images in the training set": {"absolute_error": 0.1, "interval": [0.08, 0.12]}},
     },
     "lds/lds.json": {
         "mode": "emoji-mini",
@@ -76,28 +98,38 @@ def test_each_method_has_a_line_with_what_was_measured(results):
     assert found[0][:3] == ["method", "ΔL over random, K = 5", "ΔL over random, K = 43"]
     assert found[0][3:7] == ["LDS", "creators", "latency, ms", "storage, MiB"]
     assert found[0][7:] == [f"{name}, K = {k}" for k in (5, 43) for name in ("ΔL", "MSE", "similarity")]
-    assert [line[0] for line in found[2:]] == ["plain-knn", "tuned", "plain", "trak", RANDOM]
+    assert [line[0] for line in found[2:]] == ["plain-knn", "tuned", RANDOM]
     tuned = ["0.0190 [-0.0810, 0.1190]", "0.1500 [0.0500, 0.2500]", "0.300 [0.250, 0.350]", "0.400", "12.3", "3.0"]
     assert found[3][1:8] == [*tuned, "0.0200 ± 0.0100"]
-    assert found[6][10:] == ["", "", ""]
+    assert found[4][10:] == ["", "", ""]
     assert {len(line) for line in found} == {13}
     assert Image.open(results / "removal/throughput_43.png").width > 100
 
 
 def test_the_readme_says_what_retraining_says(results):
     parts = tables.judged_parts(table1.read_reports(results))
-    assert [line.split("|")[1].strip() for line in parts[3].splitlines()[2:]] == ["tuned", "plain", "trak", "ceiling"]
-    assert "64 models on random halves of `emoji-mini`, the mean of two trainings" in parts[2]
-    assert cells(parts[5])[2:] == [
+    assert cells(parts[3])[2:] == [
+        ["tuned-pixel over plain", "-0.0100 [-0.0400, 0.0200], 2 queries", ""],
+        ["tuned-pixel over pixel", "", "0.0300 [0.0100, 0.0500], 2 queries"],
+    ]
+    assert [line.split("|")[1].strip() for line in parts[5].splitlines()[2:]] == ["tuned", "plain", "trak", "ceiling"]
+    assert "64 models on random halves of `emoji-mini`, the mean of two trainings" in parts[4]
+    assert cells(parts[7])[2:] == [
         ["tuned", "0.400 [0.300, 0.500]", "0.600 [0.500, 0.700]"],
         ["one seed for the others", "0.800", "0.900"],
     ]
-    assert cells(parts[7])[2:] == [
+    assert cells(parts[9]) == [
+        ["", "creators: slope, R²", "43 images: slope, R²", "error of a share"],
+        ["---", "--:", "--:", "--:"],
+        ["tuned", "1.10, 0.50", "0.90, 0.25", "0.040 [0.030, 0.050]"],
+        ["images in the training set", "", "", "0.100 [0.080, 0.120]"],
+    ]
+    assert cells(parts[11])[2:] == [
         ["plain", "", "", "0.200 [0.150, 0.250]"],
         ["plain-knn", "", "0.2500 [0.1500, 0.3500]", ""],
     ]
     (results / "removal/removal.json").unlink()
-    assert len(tables.judged_parts(table1.read_reports(results))) == 4
+    assert len(tables.judged_parts(table1.read_reports(results))) == 6
     assert table1.throughput_figures(table1.read_reports(results)) == {}
 
 
