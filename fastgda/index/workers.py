@@ -35,16 +35,19 @@ def on_workers(cluster: ClusterConfig) -> BuildShards:
     def build(vectors: Vectors, config: SegmentConfig, shards: list[Shard]) -> None:
         if not shards:
             return
-        reasons: list[str] = []
+        reasons: dict[Shard, str] = {}
         absolute = [shard._replace(path=shard.path.absolute()) for shard in shards]
-        make = partial(ShardBuilder, vectors, config)
-        with Pool(make, cluster, gpus=0) as pool, tqdm(total=len(shards), unit="shard") as bar:
+        with (
+            Pool(partial(ShardBuilder, vectors, config), cluster, gpus=0) as pool,
+            tqdm(total=len(shards), unit="shard") as bar,
+        ):
             given_up = pool.run(
-                absolute, lambda *_: bar.update(), lambda shard, attempt, reason: reasons.append(reason)
+                absolute, lambda *_: bar.update(), lambda shard, _, reason: reasons.update({shard: reason})
             )
         if given_up:
+            first = given_up[0]
             raise ValueError(
-                f"{given_up[0].path}: expected a shard after {cluster.attempts} attempts, found: {reasons[-1]}"
+                f"{first.path}: expected a shard after {cluster.attempts} attempts, found: {reasons[first]}"
             )
 
     return build
