@@ -11,18 +11,22 @@ import sys
 from dataclasses import replace
 
 import numpy as np
+from PIL import Image
 
 from abu.testbed import TESTBEDS, Testbed, add_testbed_flags, testbed_from
 from benchmark.drawing import Figure, plt, save_figure
-from benchmark.image_rows import draw_rows
+from benchmark.image_rows import draw_rows, sheet
 from benchmark.losses import folder_of
 from benchmark.retrainable import JUDGED_MODE
 from benchmark.scores import score_path
 from benchmark.table1 import read_reports, throughput_figures
-from fastgda.core import command_line, command_parser, require_file
+from fastgda.core import atomic_path, command_line, command_parser, require_file
+from serving.retrained import Retrained
 
-ROWS = ("effnet+minilm", "tuned-effnet+minilm", "finite-step")
+ROWS = ("minilm", "tuned-minilm", "finite-step@0.01")
 """Methods whose images are shown one below the other: untuned, tuned, teacher."""
+SHOWN, NAME = 12, 24
+"""Queries of a sheet of removals, and letters of a row's name."""
 
 
 def loss_curves(testbed: Testbed) -> Figure:
@@ -58,6 +62,23 @@ def reliability_curves(report: dict) -> Figure:
     return figure
 
 
+def removal_sheets(kept: Retrained) -> dict[int, Image.Image]:
+    """K -> what models draw from the same seeds: one column for each query, a row for the model that was trained on
+    everything and one for each method whose first K images were removed.
+    """
+    queries, found = range(min(SHOWN, len(kept.captions))), {}
+    for level in sorted({removal.removed for removal in kept.removals}):
+        rows: list[tuple[str, list[Image.Image], Image.Image | None]] = [
+            ("on everything", [kept.image(q) for q in queries], None)
+        ]
+        pictures = {(r.method, r.query): Image.fromarray(r.picture) for r in kept.removals if r.removed == level}
+        for method in dict.fromkeys(name for name, _ in pictures):
+            blank = Image.new("RGB", rows[0][1][0].size, "white")
+            rows.append((f"without {method}"[:NAME], [pictures.get((method, q), blank) for q in queries], None))
+        found[level] = sheet(rows)
+    return found
+
+
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
@@ -74,6 +95,10 @@ def main(argv: list[str] | None = None) -> None:
         save_figure(reliability_curves(json.loads(path.read_text())), results / f"teacher/{name}.png")
     for level, figure in throughput_figures(read_reports(results)).items():
         save_figure(figure, results / f"removal/throughput_{level}.png")
+    if (results / "removal/pictures.npz").is_file():
+        for level, picture in removal_sheets(Retrained.load(results / "removal/pictures.npz")).items():
+            with atomic_path(results / f"removal/pictures_{level}.png") as temporary:
+                picture.save(temporary)
     judged = replace(TESTBEDS[JUDGED_MODE], root=testbed.root)
     scores = [score_path(judged, method, "test") for method in ROWS]
     if all(path.is_file() for path in scores) and any(folder_of(judged).glob("without_*.npz")):

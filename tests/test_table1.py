@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+from demo_world import retrained
 from PIL import Image
 
-from benchmark import image_rows, table1, tables
+from benchmark import figures, image_rows, table1, tables
 from benchmark.removal import RANDOM
 
 
@@ -147,3 +148,12 @@ def test_rows_of_images_stand_below_each_other():
     assert sheet.getpixel((left + 2 * step + centre, step + centre)) == (255, 0, 0)
     assert sheet.getpixel((left + 3 * step + 2 * image_rows.GAP + centre, centre)) == (0, 0, 255)
     assert sheet.getpixel((left + step + centre, centre)) == (255, 255, 255)
+
+
+def test_a_sheet_of_removals_has_a_row_for_each_method():
+    sheets = figures.removal_sheets(retrained())
+    assert list(sheets) == [2, 9]
+    kept, step, left, centre = retrained(), image_rows.SIDE + image_rows.GAP, image_rows.TEXT, image_rows.SIDE // 2
+    assert sheets[9].getpixel((left + 2 * step + centre, centre)) == tuple(kept.references[2, 0, 0])
+    assert sheets[9].getpixel((left + 2 * step + centre, step + centre)) == tuple(kept.removals[3].picture[0, 0])
+    assert sheets[9].getpixel((left + centre, step + centre)) == (255, 255, 255)
