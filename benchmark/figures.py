@@ -74,7 +74,7 @@ def removal_sheets(kept: Retrained) -> dict[int, Image.Image]:
         pictures = {(r.method, r.query): Image.fromarray(r.picture) for r in kept.removals if r.removed == level}
         for method in dict.fromkeys(name for name, _ in pictures):
             blank = Image.new("RGB", rows[0][1][0].size, "white")
-            rows.append((f"without {method}"[:NAME], [pictures.get((method, q), blank) for q in queries], None))
+            rows.append((method[:NAME], [pictures.get((method, q), blank) for q in queries], None))
         found[level] = sheet(rows)
     return found
 
