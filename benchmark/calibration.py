@@ -58,11 +58,13 @@ def error_of_shares(found: np.ndarray, truth: np.ndarray, concepts: list[str]) -
 
 
 def removals_of(stored: Losses, planned: Sequence[Retraining]) -> dict[int, list[Retraining]]:
-    """K -> the stored models without K images, but for those trained on everything and those of the other plans."""
-    known = {job.name for job in planned}
+    """K -> the stored models without K images, but for those trained on everything and those that lack the same images
+    as a model of another plan.
+    """
+    known = {job.removed for job in planned}
     found: dict[int, list[Retraining]] = {}
     for job in stored.jobs():
-        if job.removed and job.name not in known:
+        if job.removed and job.removed not in known:
             found.setdefault(len(job.removed), []).append(job)
     return dict(sorted(found.items()))
 
