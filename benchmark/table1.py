@@ -192,6 +192,8 @@ def throughput_figure(reports: dict[str, Row], level: int) -> Figure:
             axis.errorbar(rate, value["mean"], value["standard_error"], marker="o")
             axis.annotate(method, (rate, value["mean"]), textcoords="offset points", xytext=(6, 4))
     axis.set(xscale="log", xlabel="queries a second, one machine", ylabel=f"ΔL after removing the top {level}")
+    # room for the names
+    axis.margins(x=0.25)
     axis.grid(alpha=0.3)
     if axis.get_legend_handles_labels()[0]:
         axis.legend()

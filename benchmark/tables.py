@@ -362,9 +362,10 @@ def judged_parts(reports: dict[str, Report]) -> list[str]:
         ]
     if "creators" in reports:
         creators = reports["creators"]
+        seeds = "one seed" if creators["models"] == 1 else f"{creators['models']} seeds"
         parts += [
             f"Leave-one-creator-out: summed influence of each of {len(creators['creators'])} creators against what its "
-            f"removal does to a query, {creators['models']} seeds (`python -m benchmark.creators`):",
+            f"removal does to a query, {seeds} (`python -m benchmark.creators`):",
             creators_table(creators),
         ]
     if "calibration" in reports:
