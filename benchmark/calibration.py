@@ -24,6 +24,7 @@ import numpy as np
 
 from abu.testbed import testbed_from
 from benchmark.creators import PROMPT, by_creator, load_effects, named_by_prompt
+from benchmark.lds import seen_by
 from benchmark.losses import Losses, open_losses
 from benchmark.retrain import add_judge_flags, random_halves, references, without_creators
 from benchmark.retrainer import Retraining
@@ -81,8 +82,8 @@ class Judge:
         self.groups = {
             f"{k} images": jobs for k, jobs in removals_of(stored, planned).items() if k < stored.images // 2
         }
-        lacking = {job.name for job in stored.missing(halves)}
-        self.groups["halves"] = [job for job in halves if job.name not in lacking]
+        lacking = set(stored.missing(halves))
+        self.groups["halves"] = [job for job in halves if job not in lacking]
 
     def unit(self, scores: np.ndarray) -> float:
         """Loss of one unit of scores [Q, N] of the validation queries."""
@@ -99,11 +100,9 @@ class Judge:
         found["creators"] |= error_of_shares(shares(predicted), shares(effects.mean), self.stored.concepts("test"))
         for name, jobs in self.groups.items():
             if jobs:
-                member = np.zeros((len(jobs), self.stored.images))
-                for row, job in zip(member, jobs, strict=True):
-                    row[list(job.removed)] = 1
+                removed = ~seen_by([np.asarray(job.removed) for job in jobs], self.stored.images)
                 observed = self.stored.of(jobs, "test") - self.reference
-                found[name] = slope_and_fit(member @ influence.T, observed) | {"models": len(jobs)}
+                found[name] = slope_and_fit(removed @ influence.T, observed) | {"models": len(jobs)}
         return found
 
     def baselines(self) -> dict[str, dict[str, Any]]:

@@ -23,9 +23,9 @@ class Group:
     @property
     def prefix(self) -> list[str]:
         """What to put before a command so that it and all that it starts belong to the group."""
-        return (
-            [] if self.folder is None else ["sh", "-c", 'echo $$ >"$0" && exec "$@"', str(self.folder / "cgroup.procs")]
-        )
+        if self.folder is None:
+            return []
+        return ["sh", "-c", 'echo $$ >"$0" && exec "$@"', str(self.folder / "cgroup.procs")]
 
     def peak(self) -> int | None:
         """The most bytes that the group had at a time; `None` where that is not known."""

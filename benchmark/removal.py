@@ -153,29 +153,34 @@ class Effects:
 
     def of(self, job: Retraining, query: int) -> dict[str, float]:
         """Each effect of `names` of one model for one query."""
-        arrays = self._load(job)
-        found = {"delta_loss": float(arrays["losses_test"][query] - self.loss[query])}
-        if self.sampler is not None:
-            image = self._decode(self.sampler, arrays["latents_test"][query : query + 1])
-            found["mse"] = float(((image[0] - self.images[query]) ** 2).mean())
-            found["similarity"] = float(self._features(image)[0] @ self.features[query])
+        change, image = self._found(job, query)
+        found = {"delta_loss": change}
+        if image is not None:
+            found["mse"] = float(((image - self.images[query]) ** 2).mean())
+            found["similarity"] = float(self._features(image[None])[0] @ self.features[query])
         return found
 
     def drawn(self, plan: Plan, captions: list[str]) -> Retrained:
         """Pictures of the plan's queries by the reference model and, of each removal, by the first model that is there;
         `captions` are those of all test queries.
         """
-        assert self.sampler is not None
         queries = list(dict.fromkeys(query for _, query, _ in plan))
         removals = []
         for (method, query, count), jobs in plan.items():
             if self.collection.missing(jobs[:1]):
                 continue
-            arrays = self._load(jobs[0])
-            image = self._decode(self.sampler, arrays["latents_test"][query : query + 1])[0]
-            change = float(arrays["losses_test"][query] - self.loss[query])
+            change, image = self._found(jobs[0], query)
+            assert image is not None
             removals.append(Removal(queries.index(query), method, count, change, _bytes(image)))
         return Retrained(tuple(captions[query] for query in queries), _bytes(self.images[queries]), tuple(removals))
+
+    def _found(self, job: Retraining, query: int) -> tuple[float, np.ndarray | None]:
+        """ΔL and, where pictures are wanted, the image [h, w, 3] of one model for one query."""
+        arrays = self._load(job)
+        change = float(arrays["losses_test"][query] - self.loss[query])
+        if self.sampler is None:
+            return change, None
+        return change, self._decode(self.sampler, arrays["latents_test"][query : query + 1])[0]
 
     def _load(self, job: Retraining) -> dict[str, np.ndarray]:
         keys = ("losses_test",) if self.sampler is None else ("losses_test", "latents_test")

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import os
-
-# Ray binds to the loopback address only if this is set before it is imported.
-os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "disabled"}
-
-import logging
 import signal
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import ray
-from ray.cluster_utils import Cluster
+from ray_nodes import two_nodes
 
 from abu.cluster import ClusterConfig, Pool, run_plan
 from abu.plan import Collection, cut
@@ -49,14 +42,8 @@ def refuse() -> Worker:
 @pytest.fixture(scope="module")
 def nodes():
     """A Ray cluster of two nodes with one processor each."""
-    small: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
-    cluster = Cluster(initialize_head=True, head_node_args=small)
-    second = cluster.add_node(**small)
-    environment = {"env_vars": {"PYTHONPATH": f"{Path(__file__).parents[1]}:{Path(__file__).parent}"}}
-    ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment)
-    yield cluster, second
-    ray.shutdown()
-    cluster.shutdown()
+    with two_nodes() as both:
+        yield both
 
 
 @pytest.fixture

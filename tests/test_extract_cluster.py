@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
-# Ray binds to the loopback address only if this is set before it is imported.
-os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "disabled"}
-
-import logging
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import ray
 import torch
-from ray.cluster_utils import Cluster
+from ray_nodes import two_nodes
 from small_world import rows, write_table
 
 from fastgda.core import read_manifest
@@ -27,14 +20,8 @@ from feature_extraction.extraction import ExtractConfig
 @pytest.fixture(scope="module")
 def nodes():
     """A Ray cluster of two nodes with two processors in all."""
-    small: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
-    cluster = Cluster(initialize_head=True, head_node_args=small)
-    cluster.add_node(**small)
-    environment = {"env_vars": {"PYTHONPATH": f"{Path(__file__).parents[1]}:{Path(__file__).parent}"}}
-    ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment)
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
+    with two_nodes() as both:
+        yield both
 
 
 def command(source: Path, out: Path, *more: str) -> list[str]:

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import os
-
-# Ray binds to the loopback address only if this is set before it is imported.
-os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "disabled"}
-
-import logging
 import signal
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import ray
 import torch
 from index_world import IDS, N, vectors
-from ray.cluster_utils import Cluster
+from ray_nodes import two_nodes
 
 from fastgda.cluster import ClusterConfig
 from fastgda.core import save_npy
@@ -32,14 +25,8 @@ FILES = ("index.faiss", "vectors.npy", "ids.npy", "order.npy")
 @pytest.fixture(scope="module")
 def nodes():
     """A Ray cluster of two nodes with one processor each."""
-    small: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
-    cluster = Cluster(initialize_head=True, head_node_args=small)
-    cluster.add_node(**small)
-    environment = {"env_vars": {"PYTHONPATH": f"{Path(__file__).parents[1]}:{Path(__file__).parent}"}}
-    ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR, runtime_env=environment)
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
+    with two_nodes() as both:
+        yield both
 
 
 class Deadly:

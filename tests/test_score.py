@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
-# Ray binds to the loopback address only if this is set before it is imported.
-os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_AUTH_MODE": "disabled"}
-
 import re
 import shutil
 import tempfile

@@ -1,8 +1,8 @@
 """Builds the shards of an index by Ray workers, on this machine or on several.
 
-All nodes see the folders of the index and of the vectors under the same paths. Each worker reads
-its rows and writes its shard where the index is built; this process trains before and merges after. The files are those
-of a build in one process, and the same command goes on after any of them was killed.
+All nodes see the folders of the index and of the vectors under the same paths. Each worker reads its rows and writes
+its shard where the index is built; this process trains before and merges after. The files are those of a build in one
+process, and the same command goes on after any of them was killed.
 """
 
 from __future__ import annotations
