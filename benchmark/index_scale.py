@@ -2,6 +2,7 @@
 
     python -m feature_extraction.extract && python -m benchmark.index_scale --sizes 14297 118287 1000000 --dims 768 256
     python -m benchmark.index_scale --sizes 10000000 --dims 768 --factories IVF{lists},PQ64x4fs --on_disk --limit_gb 1.5
+    python -m benchmark.index_scale --dry_run    # memory, disk and training time of each piece that is missing
 
 The vectors are made up after the ranker's embedding of the training features, the queries after that of generated
 images (`benchmark.synthetic`). Writes results/scale/index.json, where pieces of other sizes, dimensions and factories
@@ -45,6 +46,7 @@ from fastgda.flags import add_flags, from_flags
 from fastgda.index import Index, SegmentConfig, Source, recommend
 from fastgda.index.backend import set_threads
 from fastgda.index.calibrate import calibrate, recall
+from fastgda.index.plan import estimate, measured_flops
 from fastgda.ranker import load_ranker
 
 FACTORIES = (
@@ -207,6 +209,12 @@ def memory() -> dict[str, int]:
     return {name: int(value.split()[0]) * 1024 for name, value in found.items()}
 
 
+def free_memory() -> float:
+    """Bytes that processes can still have, file cache that can be dropped included."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+
+
 def run_piece(config: ScaleConfig, rows: Synthetic, factory: str, truth: Path, made_from: str) -> dict[str, Any]:
     """Builds, measures in a fresh process, and deletes one index."""
     size, dim = rows.shape
@@ -215,6 +223,13 @@ def run_piece(config: ScaleConfig, rows: Synthetic, factory: str, truth: Path, m
         shutil.rmtree(folder)
     structure = structure_for(config, factory, size, dim)
     piece = {"size": size, "dim": dim, "factory": structure.factory, "structure": asdict(structure)}
+    cost = estimate(structure, size, dim, measured_flops())
+    for name, needed, free in (
+        ("memory", max(cost.ram, cost.build_ram), free_memory()),
+        ("disk", cost.disk, shutil.disk_usage(config.work).free),
+    ):
+        if needed > free:
+            return {**piece, "failed": f"needs {needed / 1e9:.1f} GB of {name}, {free / 1e9:.1f} GB are free"}
     try:
         piece["build_seconds"] = build_piece(rows, structure, folder, made_from)
     except ValueError as error:
@@ -239,34 +254,72 @@ def load_embedding(config: ScaleConfig) -> tuple[np.ndarray, np.ndarray, dict[st
     return ranker.embed(images).numpy(), ranker.embed_queries(queries).numpy(), inputs
 
 
-def run(config: ScaleConfig) -> dict[str, Any]:
-    """All pieces, those on disk reused; the report."""
-    embedding, asked, inputs = load_embedding(config)
-    key: dict[str, Any] = {**inputs, "counts": [config.query_count, config.k, config.clients]}
-    key |= {"goals": list(config.goals), "limit_gb": config.limit_gb}
-    # one name for all that the vectors depend on
-    made_from = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
-    count = config.query_count + config.query_count // (CALIBRATED_ON - 1)
-    pieces = []
+@dataclass(frozen=True)
+class Plan:
+    """Where the pieces are kept, and what they depend on."""
+
+    config: ScaleConfig
+    inputs: dict[str, str]
+    """Hashes of what the vectors imitate."""
+
+    @property
+    def made_from(self) -> str:
+        """One name for all that the vectors depend on."""
+        return hashlib.sha256(json.dumps(self.inputs, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def count(self) -> int:
+        """Queries, those that calibrate included."""
+        return self.config.query_count + self.config.query_count // (CALIBRATED_ON - 1)
+
+    def truth(self, size: int, dim: int) -> Path:
+        """The file of queries and their exact neighbours."""
+        return self.config.work / f"truth_{size}x{dim}_{self.made_from[:8]}_{self.count}.npz"
+
+    def piece(self, size: int, dim: int, factory: str) -> tuple[Path, dict[str, Any]]:
+        """(file of a measured index, what it depends on)."""
+        config = self.config
+        key = {**self.inputs, "counts": [config.query_count, config.k, config.clients], "goals": list(config.goals)}
+        key |= {"limit_gb": config.limit_gb, "structure": asdict(structure_for(config, factory, size, dim))}
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        return config.work / f"{size}x{dim}_{digest[:12]}.json", key
+
+
+def forecast(plan: Plan) -> None:
+    """Prints what each missing piece will need."""
+    config, flops = plan.config, measured_flops()
+    for dim in config.dims:
+        for size in config.sizes:
+            for factory in config.factories:
+                if plan.piece(size, dim, factory)[0].is_file():
+                    continue
+                structure = structure_for(config, factory, size, dim)
+                cost = estimate(structure, size, dim, flops)
+                print(
+                    f"{size:>11,} x {dim:<5} {structure.factory:<28} RAM {cost.ram / 1e9:.2f} GB, "
+                    f"{cost.build_ram / 1e9:.2f} GB building, disk {cost.disk / 1e9:.2f} GB, "
+                    f"training {cost.training_seconds / 60:.1f} min"
+                )
+
+
+def run(plan: Plan, embedding: np.ndarray, asked: np.ndarray) -> dict[str, Any]:
+    """All pieces, those on disk reused; the report. `embedding` [N, D] and `asked` [Q, D] are imitated."""
+    config, pieces = plan.config, []
     for dim in config.dims:
         statistics = Statistics.of(embedding, asked, dim)
         for size in config.sizes:
-            rows = Synthetic(statistics, size)
-            truth = config.work / f"truth_{size}x{dim}_{made_from[:8]}_{count}.npz"
+            rows, truth = Synthetic(statistics, size), plan.truth(size, dim)
             if not truth.is_file():
-                queries = rows.queries(count)
+                queries = rows.queries(plan.count)
                 save_npz(truth, queries=queries, truth=exact_neighbours(rows, queries, min(max(DEPTHS), size)))
             for factory in config.factories:
-                structure = structure_for(config, factory, size, dim)
-                settings = {**key, "structure": asdict(structure)}
-                digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-                path = config.work / f"{size}x{dim}_{digest[:12]}.json"
+                path, key = plan.piece(size, dim, factory)
                 if not path.is_file():
-                    found = run_piece(config, rows, factory, truth, made_from)
-                    save_json(path, {"key": settings, "piece": found})
+                    found = run_piece(config, rows, factory, truth, plan.made_from)
+                    save_json(path, {"key": key, "piece": found})
                 pieces.append(json.loads(path.read_text())["piece"])
                 print(summary(pieces[-1]), flush=True)
-    return {"config": asdict(config), "inputs": inputs, "pieces": pieces, "environment": environment()}
+    return {"config": asdict(config), "inputs": plan.inputs, "pieces": pieces, "environment": environment()}
 
 
 def joined(report: dict[str, Any], output: Path) -> dict[str, Any]:
@@ -310,6 +363,7 @@ def main(argv: list[str] | None = None) -> None:
     assert __doc__ is not None
     parser = command_parser("python -m benchmark.index_scale", __doc__)
     add_flags(parser, ScaleConfig)
+    parser.add_argument("--dry_run", action="store_true", help="print what missing pieces will need; build none")
     parser.add_argument("--measure", nargs=3, metavar=("FOLDER", "TRUTH", "OPTIONS"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.measure is not None:
@@ -317,7 +371,13 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(measure(Path(folder), Path(truth), json.loads(options))))
         return
     config = from_flags(ScaleConfig, args)
-    save_json(config.output, joined(run(config), config.output))
+    config.work.mkdir(parents=True, exist_ok=True)
+    embedding, asked, inputs = load_embedding(config)
+    plan = Plan(config, inputs)
+    if args.dry_run:
+        forecast(plan)
+        return
+    save_json(config.output, joined(run(plan, embedding, asked), config.output))
     print(f"wrote {config.output}")
 
 

@@ -136,7 +136,7 @@ def influence_scores(testbed: Testbed, method: str, split: str, args: argparse.N
     scores, inputs = frozen_scores(testbed, method, split, args)
     if args.influence is None:
         return scores, inputs
-    fitted_on = frozen_scores(testbed, method, "val", args)[0]
+    fitted_on = scores if split == "val" else frozen_scores(testbed, method, "val", args)[0]
     magnitude = Magnitude.fit(fitted_on, teacher_scores(testbed, args.influence, "val"))
     if np.ptp(magnitude.influence) == 0:
         raise ValueError(f"{method}: expected scores that rise with the influence under {args.influence}, found none")

@@ -7,7 +7,8 @@
 #
 # Losses of the models on halves and without creators are shipped (results/retrain/losses.npz), so that only models of
 # leave-K-out and their references are trained here, for the methods and K of `removed` and `levels` below.
-# Writes data/emoji-mini/scores/*.npy and results/{lds,creators,removal,latency}/, from which README.md's tables are made.
+# Writes data/emoji-mini/scores/*.npy and results/{lds,creators,removal,calibration,latency}/, from which README.md's
+# tables are made.
 # Expect: LDS about 0.67 for both terms of the finite step, 0 for random; ΔL of random removals far below the others'.
 set -euo pipefail
 # shellcheck source=scripts/setup_env.sh
@@ -17,9 +18,14 @@ features=(pixel effnet minilm effnet+minilm)
 teachers=(finite-step finite-step@0.01 first-order second-order plain normalised)
 nearest=(finite-step-knn plain-knn normalised-knn)
 gradients=(trak journey-trak d-trak das abu abu-plus ekfac)
-removed=(finite-step@0.01 tuned-minilm minilm abu-plus effnet+minilm) levels=(43)
-mini=(--mode emoji-mini) ranker=runs/rankers-mini/minilm workers=(--workers "$(nproc)")
+removed=(finite-step@0.01 tuned-minilm minilm abu-plus) levels=(43)
+calibrated=(finite-step@0.01 tuned-minilm-influence minilm-influence pixel-influence first-order)
+mini=(--mode emoji-mini) rankers=runs/rankers-mini workers=(--workers "$(nproc)")
 scores() { printf 'data/emoji-mini/scores/%s.npy\n' "$@"; }
+train() { # name, feature type, flags
+    step "ranker $1" python train.py --mode emoji --data_dir data/emoji-mini --ftype "$2" --half "${@:3}" \
+        --output "$rankers/$1.pth" --run_dir "$rankers/$1"
+}
 
 step "emoji dataset" python -m feature_extraction.emoji "${mini[@]}"
 step "latents" python -m abu.encode "${mini[@]}"
@@ -40,23 +46,36 @@ for stage in curvature queries "steps --passes 4" "training --passes 4" scores; 
     step "teacher: $stage" python -m abu.collect $stage "${mini[@]}"
 done
 step "rankings" python -m benchmark.finite_step "${mini[@]}" --step 0.01
-step "ranker" python train.py --mode emoji --data_dir data/emoji-mini --ftype minilm --half \
-    --output $ranker.pth --run_dir $ranker
+step "first-order rankings" python -m benchmark.teacher "${mini[@]}"
+train minilm minilm
+train effnet+minilm effnet+minilm --lr 3e-4
+train first-order-minilm minilm --lr 3e-4 --rank_file data/emoji-mini/influence_plain_train.npz \
+    --val_rank_file data/emoji-mini/influence_plain_val.npz
 step "scores" python -m benchmark.methods random "${features[@]}" "${teachers[@]}" "${nearest[@]}"
-step "influence that features predict" python -m benchmark.methods "${features[@]}" --influence finite-step@0.01
-tuned=(tuned --ftype minilm --checkpoint $ranker.pth)
-step "scores of the ranker" python -m benchmark.methods "${tuned[@]}"
-step "influence that the ranker predicts" python -m benchmark.methods "${tuned[@]}" --influence finite-step@0.01
+for split in val test; do
+    map=(--split $split --influence finite-step@0.01)
+    step "influence that features predict" python -m benchmark.methods "${features[@]}" "${map[@]}"
+    for feature in minilm effnet+minilm; do
+        tuned=(tuned --ftype $feature --checkpoint $rankers/$feature.pth)
+        step "scores of the ranker" python -m benchmark.methods "${tuned[@]}" --split $split
+        step "influence that the ranker predicts" python -m benchmark.methods "${tuned[@]}" "${map[@]}"
+    done
+done
+step "scores of the first order's ranker" python -m benchmark.methods tuned --ftype minilm \
+    --checkpoint $rankers/first-order-minilm.pth --name tuned-first-order-minilm
+step "validation scores" python -m benchmark.methods "${teachers[@]}" --split val
 step "methods on gradients" python -m benchmark.methods "${gradients[@]}"
 mapfile -t all < <(find data/emoji-mini/scores -maxdepth 1 -name '*.npy' | sort)
 step "LDS" python -m benchmark.lds "${all[@]}"
 step "creators" python -m benchmark.creators "${all[@]}"
 step "latency" python -m benchmark.latency effnet+minilm minilm tuned d-trak abu-plus --ftype minilm \
-    --checkpoint $ranker.pth
+    --checkpoint $rankers/minilm.pth
 step "references" python -m benchmark.retrain reference "${workers[@]}"
 mapfile -t judged < <(scores "${removed[@]}")
 step "removals" python -m benchmark.removal run "${judged[@]}" --levels "${levels[@]}" "${workers[@]}"
 step "effects of removals" python -m benchmark.removal report "${judged[@]}" --levels "${levels[@]}"
+mapfile -t calibrated < <(scores "${calibrated[@]}")
+step "calibration" python -m benchmark.calibration "${calibrated[@]}"
 step "figures" python -m benchmark.figures
 step "Table 1" python -m benchmark.table1
 step "tables" python -m benchmark.tables

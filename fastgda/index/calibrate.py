@@ -20,8 +20,10 @@ RANDOM_READ = 4.0
 """A byte of a stored vector, read here and there, costs about as much as so many bytes of codes read in order."""
 GRAPH_DEGREE = 64
 """Codes compared for each vertex that a graph search visits."""
-DEPTHS = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
-"""Re-rank depths that are tried, in multiples of k."""
+DEPTHS = tuple(64 ** (step / 36) for step in range(37))
+"""Re-rank depths that are tried, in multiples of k: up to 64, each an eighth more than the one before."""
+FINENESS = 16
+"""Between a breadth that suffices and one that does not, the search for the narrowest ends at this part of it."""
 
 
 def recall(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -65,22 +67,33 @@ def choose(snapshot: Snapshot, queries: np.ndarray, k: int, wanted: float) -> Se
     truth = snapshot.exact(queries, k).ids
     depths = sorted({min(snapshot.live, max(k, round(factor * k))) for factor in DEPTHS})
     best, sufficient = 0.0, list[tuple[float, int, int]]()
-    for nprobe in _breadths(snapshot):
-        if sufficient and cost(snapshot, Settings(nprobe, depths[0], k)) >= min(sufficient)[0]:
-            break
+
+    def suffices(nprobe: int) -> bool:
+        nonlocal best
         places = truth_places(snapshot, queries, truth, Settings(nprobe, depths[-1], k))
         for depth in depths:
             reached = (places < depth).mean(1)
             best = max(best, float(reached.mean()))
             if reached.mean() - _standard_error(reached) >= wanted:
-                settings = Settings(nprobe, depth, k)
-                sufficient.append((cost(snapshot, settings), nprobe, depth))
-                break
+                sufficient.append((cost(snapshot, Settings(nprobe, depth, k)), nprobe, depth))
+                return True
+        return False
+
+    failing = 0
+    for nprobe in _breadths(snapshot):
+        if sufficient and cost(snapshot, Settings(nprobe, depths[0], k)) >= min(sufficient)[0]:
+            break
+        if not suffices(nprobe):
+            failing = nprobe
     if not sufficient:
         raise ValueError(
             f"recall {wanted}: expected settings that reach it, found {best:.4f} at best; "
             "rebuild with a finer factory, or ask for less"
         )
+    enough = min(nprobe for _, nprobe, _ in sufficient)
+    while enough - failing > max(1, enough // FINENESS):
+        between = (failing + enough) // 2
+        failing, enough = (failing, between) if suffices(between) else (between, enough)
     _, nprobe, depth = min(sufficient)
     return Settings(nprobe, depth, k)
 
@@ -118,7 +131,7 @@ def cost(snapshot: Snapshot, settings: Settings) -> float:
 
 
 def _breadths(snapshot: Snapshot) -> list[int]:
-    """Values of nprobe to try: powers of two up to everything."""
+    """Values of nprobe to try first: powers of two up to everything."""
     widest = max(segment.structure.widest for segment in snapshot.segments)
     return sorted({min(2**power, max(widest, 1)) for power in range(widest.bit_length() + 1)})
 
