@@ -279,7 +279,11 @@ class Plan:
     def piece(self, size: int, dim: int, factory: str) -> tuple[Path, dict[str, Any]]:
         """(file of a measured index, what it depends on)."""
         config = self.config
-        key = {**self.inputs, "counts": [config.query_count, config.k, config.clients], "goals": list(config.goals)}
+        key: dict[str, Any] = {
+            **self.inputs,
+            "counts": [config.query_count, config.k, config.clients],
+            "goals": list(config.goals),
+        }
         key |= {"limit_gb": config.limit_gb, "structure": asdict(structure_for(config, factory, size, dim))}
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
         return config.work / f"{size}x{dim}_{digest[:12]}.json", key

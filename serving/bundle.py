@@ -19,7 +19,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,11 +39,13 @@ from fastgda.core import (
     write_manifest,
 )
 from fastgda.credit import Credit
-from fastgda.index import Index, Source, load_embedding, recommend
+from fastgda.index import Index, SegmentConfig, Source, load_embedding
 from fastgda.index.journal import exclusive
 from fastgda.index.metadata import count_rows, stored_ids
+from fastgda.index.segment import BuildShards
 from fastgda.index.source import COSINE, Embed
 from fastgda.index.store import LOCK
+from fastgda.index.structure_flags import add_structure_flags, builder_from, structure_from
 from fastgda.ranker import Ranker, load_ranker
 from feature_extraction.encoders import Join, Precision, identity, parse_weights
 from feature_extraction.shards import feature_path
@@ -138,10 +140,14 @@ def build_bundle(
     checkpoint: Path | None,
     metadata: list[Path],
     credit: Path | None,
-    memory: float,
     command: str,
+    structure: Callable[[int, int], SegmentConfig],
+    build: BuildShards,
 ) -> Index:
-    """Makes a bundle in folder `path` from the feature folder <feats>/<ftype>; goes on where it was interrupted."""
+    """Makes a bundle in folder `path` from the feature folder <feats>/<ftype>; goes on where it was interrupted.
+
+    `structure` says what index a number of vectors of a width gets, `build` makes its shards.
+    """
     if manifest_path(path).exists():
         raise ValueError(f"{path}: expected no bundle there, found one; change its index, or delete it")
     encoder = read_manifest(features)["config"]
@@ -156,12 +162,12 @@ def build_bundle(
     if manifest_path(path / INDEX).exists():
         index = Index(path / INDEX, ranker=ranker_id)
     else:
-        structure = recommend(len(source), source.dim, memory).config
-        index = Index.create(path / INDEX, source, structure, ranker=ranker_id, command=command)
+        config = structure(len(source), source.dim)
+        index = Index.create(path / INDEX, source, config, ranker=ranker_id, command=command, build=build)
     files = [shutil.copyfile(checkpoint, path / RANKER)] if checkpoint else []
     files += [shutil.copyfile(credit, path / CREDIT)] if credit else []
-    config = {"encoder": encoder, "ranker": ranker_id}
-    write_manifest(path, config, command=command, inputs=source.inputs, files=tuple(files), images=len(source))
+    parts = {"encoder": encoder, "ranker": ranker_id}
+    write_manifest(path, parts, command=command, inputs=source.inputs, files=tuple(files), images=len(source))
     return index
 
 
@@ -222,13 +228,21 @@ def main(argv: list[str] | None = None) -> None:
     build.add_argument("--checkpoint", type=Path, help="ranker (default: none, cosines of the features)")
     build.add_argument("--metadata", type=Path, nargs="*", default=[], help="Parquet files, a row for each image")
     build.add_argument("--credit", type=Path, help="what python -m benchmark.credit fitted for this ranker")
-    build.add_argument("--memory_gb", type=float, default=4.0, help="memory that searching may take (default: 4)")
+    add_structure_flags(build)
     info.add_argument("--weights", nargs="*", default=[], help="NAME=PATH of encoder weights that are not the usual")
     args = parser.parse_args(argv)
     if args.what == "build":
         command = shlex.join(["python", "-m", "serving.bundle", *(sys.argv[1:] if argv is None else argv)])
-        memory = args.memory_gb * 1e9
-        index = build_bundle(args.path, args.features, args.checkpoint, args.metadata, args.credit, memory, command)
+        index = build_bundle(
+            args.path,
+            args.features,
+            args.checkpoint,
+            args.metadata,
+            args.credit,
+            command,
+            lambda images, dim: structure_from(args, images, dim)[0],
+            builder_from(args),
+        )
         print(f"{args.path}: {len(index):,} images")
         return
     bundle = Bundle.open(args.path, weights=weights_for(args.path, args.weights))

@@ -135,6 +135,15 @@ def test_without_a_ranker_cosines_are_searched(data: Path, tmp_path: Path) -> No
     assert np.allclose(found.scores, np.sort(cosines)[::-1][:3], atol=1e-6)
 
 
+def test_the_index_is_built_as_asked_for(data: Path, tmp_path: Path) -> None:
+    assert build_bundle(data, tmp_path / "graph", factory="HNSW8,SQ8", store="float16", shards=1) == 0
+    attributor = Attributor.from_pretrained(tmp_path / "graph")
+    (segment,) = attributor.bundle.index.snapshot().segments
+    assert (segment.config.factory, segment.config.store) == ("HNSW8,SQ8", "float16")
+    picture = draw("red", "circle", "flat")
+    assert attributor.attribute(picture, "", 3).ids[0] == slow_twin(data, png(picture), "")[0]
+
+
 def test_parts_of_others_are_refused(data: Path, bundle: Path, tmp_path: Path, capsys) -> None:
     own = shutil.copytree(bundle, tmp_path / "own")
     manifest = own / "manifest.json"

@@ -6,6 +6,9 @@ import base64
 import itertools
 import json
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,11 +17,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from demo_world import served
-from http_calls import as_text, call, get
+from demo_world import free_port, served
+from http_calls import as_text, call, fetch, get, submit
 from small_world import draw, png, write_bundle, write_rankings
 
 import demo
+from fastgda.core import ROOT
 from fastgda.index import Index
 from fastgda.index.__main__ import main as index_command
 from serving import page, views
@@ -180,3 +184,26 @@ def test_data_of_another_bundle_is_refused(bundle: Path, data: Path, tmp_path: P
     assert "--bundle: expected no --checkpoint" in capsys.readouterr().err
     assert demo.main(["--bundle", str(tmp_path)]) == 2
     assert "manifest.json" in capsys.readouterr().err
+
+
+def test_a_process_that_is_terminated_answers_all_that_it_accepted(bundle: Path, data: Path) -> None:
+    """Eight clients wait for different pictures when the signal comes; each gets its own answer, then all is over."""
+    pictures = [draw(colour, shape, "flat") for colour in ("red", "blue") for shape in ("circle", "square")] * 2
+    expected = [load(bundle, None).answer(picture, PROMPT, 5).tuned.ids[:5].tolist() for picture in pictures]
+    assert len({tuple(ids) for ids in expected}) == 4
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "demo.py", "--bundle", str(bundle), "--port", str(port)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and f"serving on {url}" in process.stdout.readline()
+        places = [submit(url, "attribute", as_text(picture), PROMPT, 5) for picture in pictures]
+        process.send_signal(signal.SIGTERM)
+        with ThreadPoolExecutor(len(places)) as clients:
+            answers = list(clients.map(fetch, places))
+        _, errors = process.communicate(timeout=60)
+    assert [[entry["id"] for entry in told["images"]] for _, (told,) in answers] == expected
+    assert process.returncode == 0
+    last = json.loads(errors.splitlines()[-1])
+    assert (last["event"], last["finished"], last["unfinished"], last["uncollected"]) == ("stopped", True, 0, 0)
+    with pytest.raises(OSError, match="refused"):
+        get(f"{url}/health")

@@ -101,6 +101,20 @@ def test_an_index_by_command(files: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "images       228 (72 removed) x 16" in out and "000002: 228 x IVF8,SQ8" in out and "advice" not in out
 
 
+def test_a_change_rebuilds_when_asked_to(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    x = files / "x"
+    given = ["--vectors", str(files / "a.npy"), "--metadata", str(files / "a.parquet"), "--factory", "IVF8,SQ8"]
+    assert main(["build", str(x), *given]) == 0
+    assert main(["remove", str(x), "--ids", str(IDS[0]), "--rebuild"]) == 0
+    assert "rebuilt from" not in capsys.readouterr().out, "one of 200 is no reason"
+    gone = [str(number) for number in IDS[1:60]]
+    assert main(["remove", str(x), "--rebuild", "--ids", *gone]) == 0
+    out = capsys.readouterr().out
+    assert "rebuilding   30% of the stored images are removed" in out and "rebuilt from 140 images" in out
+    (segment,) = Index(x).snapshot().segments
+    assert np.array_equal(segment.ids, IDS[60:200]) and segment.config.factory == "IVF8,SQ8"
+
+
 def test_rows_of_zeros_are_counted(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     part = vectors()[:50].copy()
     part[[3, 4]] = 0

@@ -16,21 +16,20 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from fastgda.cluster import add_cluster_flags, cluster_from
 from fastgda.core import command_line, command_parser, load_npy
 from fastgda.index.calibrate import calibrate
 from fastgda.index.metadata import metadata_bytes
-from fastgda.index.plan import describe, estimate, measured_flops, recommend
+from fastgda.index.plan import describe, estimate, measured_flops
 from fastgda.index.segment import BuildShards, SegmentConfig, one_by_one
+from fastgda.index.snapshot import Snapshot
 from fastgda.index.source import Source, load_embedding
 from fastgda.index.store import Change, Index
-from fastgda.index.workers import on_workers
+from fastgda.index.structure_flags import AUTO, add_structure_flags, builder_from, shards_from, structure_from
 
-AUTO = "auto"
 EXAMPLES = {
     "build": "build runs/index --vectors feats/data_feats.npy --checkpoint weights/ranker.pth --memory_gb 2 --dry_run",
     "info": "info runs/index",
@@ -51,33 +50,21 @@ HELP = {
 }
 
 
-def build_config(args: argparse.Namespace, images: int, dim: int) -> tuple[SegmentConfig, tuple[str, ...]]:
-    """(what to build, why): the recommendation, where a flag does not say otherwise."""
-    latency = None if args.latency_ms is None else args.latency_ms / 1e3
-    advice = recommend(images, dim, args.memory_gb * 1e9, latency)
-    chosen, reasons = advice.config, advice.reasons
-    if args.factory != AUTO:
-        chosen, reasons = SegmentConfig(args.factory, chosen.store), ("the factory is as asked for",)
-    store: Literal["float16", "float32"] = args.store or chosen.store
-    on_disk = chosen.on_disk if args.on_disk is None else args.on_disk
-    return SegmentConfig(chosen.factory, store, on_disk, _shards(args, chosen), args.seed), reasons
-
-
 def run_build(args: argparse.Namespace) -> None:
     """`build`."""
     embed, _, ranker = load_embedding(args.checkpoint, args.unit)
     if args.dry_run:
         shapes = [load_npy(path, (None, None), mmap=True) for path in args.vectors]
         images, dim = sum(map(len, shapes)), embed(np.asarray(shapes[0][:1], dtype=np.float32)).shape[1]
-        config, reasons = build_config(args, images, dim)
+        config, reasons = structure_from(args, images, dim)
         cost = estimate(config, images, dim, measured_flops(), metadata_bytes(args.metadata))
         print(describe(config, images, dim, cost))
         print("\n".join(f"- {reason}" for reason in reasons))
         return
     source = Source.from_files(args.vectors, args.metadata, embed)
-    config, reasons = build_config(args, len(source), source.dim)
+    config, reasons = structure_from(args, len(source), source.dim)
     print("\n".join(f"- {reason}" for reason in reasons))
-    Index.create(args.path, source, config, ranker=ranker, command=args.command_line, build=_builder(args))
+    Index.create(args.path, source, config, ranker=ranker, command=args.command_line, build=builder_from(args))
     print(f"{args.path}: {len(source):,} images, {config.factory}")
     _name_left_out(source)
 
@@ -123,7 +110,7 @@ def run_add(args: argparse.Namespace) -> None:
     embed, _, ranker = load_embedding(args.checkpoint, args.unit)
     index = Index(args.path, ranker=ranker, verify=args.verify)
     source = Source.from_files(args.vectors, args.metadata, embed)
-    _report(args, index.add(source, command=args.command_line), "added")
+    _report(args, index, index.add(source, command=args.command_line), "added")
     _name_left_out(source)
 
 
@@ -139,7 +126,7 @@ def run_remove(args: argparse.Namespace) -> None:
     if ids is not None and any(not -(2**63) <= number < 2**63 for number in ids):
         raise ValueError("ids: expected integers of 64 bits, found larger ones")
     found = None if ids is None else np.array(ids, dtype=np.int64)
-    _report(args, index.remove(found, creator=args.creator, command=args.command_line), "removed")
+    _report(args, index, index.remove(found, creator=args.creator, command=args.command_line), "removed")
 
 
 def run_rebuild(args: argparse.Namespace) -> None:
@@ -147,14 +134,12 @@ def run_rebuild(args: argparse.Namespace) -> None:
     index = Index(args.path, verify=args.verify)
     snapshot = index.snapshot()
     if args.factory is None:
-        kept = max(snapshot.segments, key=len).config
+        kept = _largest(snapshot)
         on_disk = kept.on_disk if args.on_disk is None else args.on_disk
-        config = SegmentConfig(kept.factory, args.store or kept.store, on_disk, _shards(args, kept), args.seed)
+        config = SegmentConfig(kept.factory, args.store or kept.store, on_disk, shards_from(args, kept), args.seed)
     else:
-        config, _ = build_config(args, snapshot.live, snapshot.dim)
-    _report(args, index.rebuild(config, command=args.command_line, build=_builder(args)), "rebuilt from")
-    if snapshot.calibration is not None:
-        print("run calibrate again: what was measured was the replaced structure")
+        config, _ = structure_from(args, snapshot.live, snapshot.dim)
+    _rebuild(args, index, config, builder_from(args))
 
 
 def run_search(args: argparse.Namespace) -> None:
@@ -212,44 +197,23 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--checkpoint", type=Path, help="ranker that embeds the features (default: none)")
             sub.add_argument("--unit", action="store_true", help="without a ranker: put rows at unit length (cosine)")
         if name in ("build", "rebuild"):
-            _add_structure(sub, default=AUTO if name == "build" else None)
+            add_structure_flags(sub, default=AUTO if name == "build" else None)
     _add_rest(commands.choices)
     return top
-
-
-def _add_structure(sub: argparse.ArgumentParser, default: str | None) -> None:
-    add = sub.add_argument
-    add("--factory", default=default, help=f"FAISS factory string, or {AUTO}: by size and memory (default: {default})")
-    add("--memory_gb", type=float, default=4.0, help="memory that searching may take, for auto (default: 4)")
-    add(
-        "--latency_ms", type=float, help="milliseconds that a query may take, for auto (default: exact where it can be)"
-    )
-    add("--store", choices=("float16", "float32"), help="numbers of the stored vectors (default: as recommended)")
-    add("--shards", type=int, default=0, help="parts built one by one and merged (default: as recommended)")
-    add("--on_disk", action=argparse.BooleanOptionalAction, help="leave inverted lists on disk (default: as needed)")
-    add("--seed", type=int, default=0, help="of the choice of training vectors")
-    add_cluster_flags(sub)
 
 
 def _add_rest(subs: dict[str, Any]) -> None:
     text = "print bytes per vector, RAM, disk and training time, and build nothing"
     subs["build"].add_argument("--dry_run", action="store_true", help=text)
     subs["calibrate"].add_argument("--recall", type=float, default=0.95, help="recall@k wanted (default: 0.95)")
+    for name in ("add", "remove"):
+        text = "rebuild at once where that is advised: a fifth of the images removed, or many segments"
+        subs[name].add_argument("--rebuild", action="store_true", help=text)
     subs["search"].add_argument("--rows", type=int, nargs="+", help="rows of the query file (default: all)")
     which = subs["remove"].add_mutually_exclusive_group(required=True)
     which.add_argument("--ids", type=int, nargs="+", help="ids")
     which.add_argument("--creator", help="all images of exactly this creator")
     which.add_argument("--list", type=Path, help="text file of ids, one on a line")
-
-
-def _shards(args: argparse.Namespace, chosen: SegmentConfig) -> int:
-    """As asked for; else as chosen, and one for each worker at least."""
-    return args.shards or max(chosen.shards, args.workers or 1)
-
-
-def _builder(args: argparse.Namespace) -> BuildShards:
-    cluster = cluster_from(args)
-    return one_by_one if cluster is None else on_workers(cluster)
 
 
 def _opened_with_queries(args: argparse.Namespace) -> tuple[Index, np.ndarray]:
@@ -266,9 +230,28 @@ def _name_left_out(source: Source) -> None:
         print(f"left out     {source.left_out:,} rows of zeros: pictures that could not be read")
 
 
-def _report(args: argparse.Namespace, change: Change, verb: str) -> None:
+def _report(args: argparse.Namespace, index: Index, change: Change, verb: str) -> None:
+    """Says what a change did, and rebuilds where that is advised and was asked for."""
     print(f"{args.path}: {verb} {change.images:,} images")
+    if change.advice is not None and args.rebuild:
+        print(f"rebuilding   {change.advice}")
+        _rebuild(args, index, _largest(index.snapshot()), one_by_one)
+    else:
+        _advise(args.path, change.advice)
+
+
+def _rebuild(args: argparse.Namespace, index: Index, config: SegmentConfig, build: BuildShards) -> None:
+    measured = index.snapshot().calibration is not None
+    change = index.rebuild(config, command=args.command_line, build=build)
+    print(f"{args.path}: rebuilt from {change.images:,} images")
     _advise(args.path, change.advice)
+    if measured:
+        print("run calibrate again: what was measured was the replaced structure")
+
+
+def _largest(snapshot: Snapshot) -> SegmentConfig:
+    """What the largest segment was built as."""
+    return max(snapshot.segments, key=len).config
 
 
 def _advise(path: Path, advice: str | None) -> None:
