@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 from demo_world import TOP, coco_config, expected_ids, load, served, write_coco, write_world
-from small_world import draw, png
+from small_world import draw, png, write_bundle
 
 import demo
 from benchmark.screenshot_demo import CHROMIUM_FLAGS, INSTALL, find_chromium
 from benchmark.screenshot_demo import main as screenshot
+from fastgda.index import Index
 from feature_extraction.readers import open_image
 from serving.limits import Limits
 from serving.world import World
@@ -206,6 +207,34 @@ def test_browser_shows_released_data_without_what_it_lacks(browser: Any, tmp_pat
         page.goto(f"{url}/?prompt=a+square&seed=3")
         page.locator("#status [role=alert]", has_text="no source model").wait_for()
         assert page.get_by_role("tab", name="Stored").get_attribute("aria-selected") == "true"
+        page.close()
+    assert errors == []
+
+
+def test_browser_shows_a_bundle_without_its_pictures(browser: Any, tmp_path: Path) -> None:
+    """Captions in place of pictures, one tab, and an image that was removed meanwhile is gone from the next answer."""
+    bundle = write_bundle(tmp_path / "emoji")
+    world = demo.load_world(demo.DemoConfig(bundle=bundle, data_dir=None, topk=TOP, source_model=tmp_path / "none"))
+    page, errors = browser.new_page(), []
+    page.set_default_timeout(60_000)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    (tmp_path / "mine.png").write_bytes(png(draw("orange", "triangle", "outline")))
+    with served(world) as (url, _):
+        page.goto(url)
+        page.locator("#upload input[type=file]").set_input_files(tmp_path / "mine.png")
+        page.locator("#prompt textarea").fill("orange triangle, outline style")
+        page.locator("#submit").click()
+        page.locator("#query .small", has_text="your picture").wait_for()
+        assert page.get_by_role("tab").all_inner_texts() == ["Upload"]
+        found = page.locator("#tuned figure").all_inner_texts()
+        assert len(found) == TOP and page.locator("#tuned img").count() == 0
+        expected: Any = world.answer(open_image(tmp_path / "mine.png"), "orange triangle, outline style", TOP)
+        captions = [known["caption"] for known in expected.tuned.metadata[:TOP]]
+        assert all(caption in text for caption, text in zip(captions, found, strict=True))
+        Index(bundle / "index").remove(expected.tuned.ids[:1], command="test")
+        page.locator("#submit").click()
+        page.wait_for_function("before => document.querySelector('#tuned figure').innerText !== before", arg=found[0])
+        assert captions[1] in page.locator("#tuned figure").first.inner_text()
         page.close()
     assert errors == []
 
