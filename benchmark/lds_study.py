@@ -21,7 +21,7 @@ from abu.testbed import testbed_from
 from benchmark.gradient_methods import METHODS, Method, collect_method, foresee_method, method_scores
 from benchmark.lds import Judge, add_truth_flag, lds_line
 from benchmark.methods import AT, teacher_scores
-from benchmark.projected import FeatureConfig
+from benchmark.projected import FeatureConfig, Measure
 from benchmark.retrain import add_judge_flags
 from fastgda.core import ROOT, command_line, command_parser, save_json
 
@@ -62,16 +62,22 @@ def step() -> Study:
     return Study("the passes that abu.collect steps has collected", teachers=found | terms)
 
 
-def layers() -> Study:
+def layers(measure: Measure = "loss") -> Study:
     """Layers × curvature."""
+    base = replace(BASE, measure=measure)
     return Study(
-        drawn(BASE),
+        drawn(base),
         {
-            f"{pattern} {kind}": replace(BASE, layers=pattern, curvature=kind)
+            f"{pattern} {kind}": replace(base, layers=pattern, curvature=kind)
             for pattern in ("cross-attn-kv", "cross-attn", "attn", "all")
             for kind in ("none", "diagonal", "ekfac")
         },
     )
+
+
+def squares() -> Study:
+    """Layers × curvature where the squared output is differentiated in place of the loss."""
+    return layers("square")
 
 
 def damping() -> Study:
@@ -115,7 +121,7 @@ def measured() -> Study:
 
 
 STUDIES: dict[str, Callable[[], Study]] = {
-    study.__name__: study for study in (step, layers, damping, draws, bins, strata, measured)
+    study.__name__: study for study in (step, layers, squares, damping, draws, bins, strata, measured)
 }
 
 

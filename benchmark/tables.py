@@ -13,17 +13,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from benchmark.judged_tables import judged_parts, read_lds_studies
 from benchmark.markdown import markdown, number
+from benchmark.service_tables import service_parts
 from benchmark.studies import LABELS, STUDIES
-from benchmark.table1 import (
-    calibration_table,
-    creators_table,
-    lds_table,
-    nearest_table,
-    pairs_table,
-    read_reports,
-    table1,
-)
+from benchmark.table1 import read_reports
 from fastgda.core import ROOT, atomic_path, command_line, command_parser, require_file
 from fastgda.dataset import MODES
 
@@ -329,59 +323,8 @@ def results_block(results: Path) -> str:
             "What `--dry_run` predicts, against what the collection then took (`python -m benchmark.forecast`):",
             forecast_table(read(results, "speed/forecast.json")),
         ]
-    return "\n\n".join(parts + judged_parts(read_reports(results)))
-
-
-def judged_parts(reports: dict[str, Report]) -> list[str]:
-    """Paragraphs and tables of what retraining says of the methods, of the reports that there are."""
-    parts = []
-    if "removal" in reports:
-        removal = reports["removal"]
-        queries = max(len(row["queries"]) for row in removal["rows"])
-        parts += [
-            f"Leave-K-out on `{removal['mode']}` (the paper's Table 1): rise of a query's loss in a model trained from "
-            f"scratch without the K images that a method ranks first, over random removals of as many, up to {queries} "
-            "queries of different concepts, 95 % bootstrap intervals over queries; beside it LDS, agreement on "
-            "creators and the cost of a query (`python -m benchmark.removal`, `benchmark.latency`):",
-            table1(reports),
-        ]
-        if pairs := pairs_table(removal):
-            parts += [
-                "The same query by query, ΔL of a ranker over that of its untuned feature and of teachers:",
-                pairs,
-            ]
-    if "lds" in reports:
-        lds = reports["lds"]
-        truth = "the mean of two trainings of each" if lds["truth"] == "both" else "one training of each"
-        parts += [
-            f"LDS of {lds['models']} models on random halves of `{lds['mode']}`, {truth}, with intervals over the "
-            "queries' concepts (`python -m benchmark.lds`). z: a query's scores, standardised; exp(2 z) keeps their "
-            "order and gives it the magnitudes of concentrated influence, which cosines lack. The ceiling is what the "
-            "halves' true mean losses would reach:",
-            lds_table(lds),
-        ]
-    if "creators" in reports:
-        creators = reports["creators"]
-        seeds = "one seed" if creators["models"] == 1 else f"{creators['models']} seeds"
-        parts += [
-            f"Leave-one-creator-out: summed influence of each of {len(creators['creators'])} creators against what its "
-            f"removal does to a query, {seeds} (`python -m benchmark.creators`):",
-            creators_table(creators),
-        ]
-    if "calibration" in reports:
-        parts += [
-            "Is influence what retraining changes? Rise of a query's loss in models without some images against the "
-            "sum of their scores, in a unit fitted on validation queries: whole creators, random halves, and all "
-            "models of leave-K-out; and the error of a creator's share (`python -m benchmark.calibration`):",
-            calibration_table(reports["calibration"]),
-        ]
-    if nearest := nearest_table(reports):
-        parts += [
-            "Teachers that see no more than the nearest images in an untuned feature, as the paper collects them for "
-            "training queries (its Table 2), beside the same on all images:",
-            nearest,
-        ]
-    return parts
+    studies = read_lds_studies(results)
+    return "\n\n".join(parts + judged_parts(read_reports(results), studies) + service_parts(results))
 
 
 def with_results(readme: str, block: str) -> str:

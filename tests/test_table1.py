@@ -8,8 +8,9 @@ import pytest
 from demo_world import retrained
 from PIL import Image
 
-from benchmark import figures, image_rows, table1, tables
+from benchmark import figures, image_rows, judged_tables, table1
 from benchmark.removal import RANDOM
+from fastgda.core import save_json
 
 
 def judged(method: str, lds: float, interval: list[float]) -> dict:
@@ -108,7 +109,7 @@ def test_each_method_has_a_line_with_what_was_measured(results):
 
 
 def test_the_readme_says_what_retraining_says(results):
-    parts = tables.judged_parts(table1.read_reports(results))
+    parts = judged_tables.judged_parts(table1.read_reports(results), [])
     assert cells(parts[3])[2:] == [
         ["tuned-pixel over plain", "-0.0100 [-0.0400, 0.0200], 2 queries", ""],
         ["tuned-pixel over pixel", "", "0.0300 [0.0100, 0.0500], 2 queries"],
@@ -130,8 +131,21 @@ def test_the_readme_says_what_retraining_says(results):
         ["plain-knn", "", "0.2500 [0.1500, 0.3500]", ""],
     ]
     (results / "removal/removal.json").unlink()
-    assert len(tables.judged_parts(table1.read_reports(results))) == 6
+    assert len(judged_tables.judged_parts(table1.read_reports(results), [])) == 6
     assert table1.throughput_figures(table1.read_reports(results)) == {}
+
+
+def test_studies_stand_in_one_table(tmp_path):
+    rows = [{"variant": "all ekfac", "lds": 0.3, "interval": [0.2, 0.4]}]
+    save_json(tmp_path / "lds/study_step.json", {"study": "step", "fixed": "passes", "rows": rows})
+    save_json(tmp_path / "lds/study_layers.json", {"study": "layers", "fixed": "20 draws", "rows": rows})
+    studies = judged_tables.read_lds_studies(tmp_path)
+    text, table = judged_tables.judged_parts({}, studies)
+    assert "20 draws unless it says otherwise" in text
+    assert table.splitlines()[2:] == [
+        "| layers, curvature | all ekfac | 0.300 [0.200, 0.400] |",
+        "| finite step | all ekfac | 0.300 [0.200, 0.400] |",
+    ]
 
 
 def test_without_any_report_the_command_says_what_it_wants(tmp_path, capsys):

@@ -1,0 +1,96 @@
+"""The tables of README.md that say how fast an index and an answer are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmark.markdown import markdown
+
+Report = dict[str, Any]
+JUDGED_DEPTH = "100"
+"""The k of recall@k by which structures are compared."""
+
+
+def service_parts(results: Path) -> list[str]:
+    """Paragraphs and tables of what was measured of them."""
+    parts = []
+    if (results / "scale/index.json").is_file():
+        report = json.loads((results / "scale/index.json").read_text())
+        queries = report["config"]["query_count"]
+        parts += [
+            f"Index structures on vectors like the ranker's embedding, on {report['environment']['cores']} cores "
+            "(`python -m benchmark.index_scale`, all of them in its JSON): for each size the exact search and the "
+            f"fastest that reach a recall@{JUDGED_DEPTH}, calibrated on other queries than the {queries:,} that are "
+            "measured; one client, median and 99th percentile; RAM without mapped files, or all of it where it was "
+            "bounded:",
+            scale_table(report["pieces"]),
+        ]
+    if (results / "latency/answer.json").is_file():
+        report = json.loads((results / "latency/answer.json").read_text())
+        parts += [
+            f"An answer of a warm bundle, {report['images']:,} images of {report['dim']} numbers, {report['factory']}, "
+            f"the first {report['k']} with all that is known of them, on {report['environment']['cores']} cores: "
+            "median milliseconds of a picture and, in brackets, the 99th percentile (`python -m "
+            "benchmark.answer_speed`):",
+            answer_table(report["ways"]),
+        ]
+    return parts
+
+
+def scale_table(pieces: list[Report]) -> str:
+    """For each width, size and goal the fastest structure, below exact search."""
+    rows = []
+    for dim, size in sorted({(piece["dim"], piece["size"]) for piece in pieces}, key=lambda at: (-at[0], at[1])):
+        here = [piece for piece in pieces if (piece["dim"], piece["size"]) == (dim, size)]
+        shown = [(piece, piece["goals"][0]) for piece in here if piece["factory"] == "Flat" and "goals" in piece]
+        for wanted in sorted({goal["wanted"] for piece in here for goal in piece.get("goals", [])}):
+            reached = list(reaching(here, wanted))
+            if reached:
+                shown.append(min(reached, key=lambda found: found[1]["latency_one_client"]["median_ms"]))
+        rows += [[f"{size:,} x {dim}", *scale_line(*found)] for found in shown]
+    depths = ("10", "100", "1000")
+    names = ["vectors", "structure", *(f"recall@{depth}" for depth in depths), "ms (p99)", "clients: ms (p99)"]
+    return markdown([*names, "RAM, MB", "disk, MB"], rows, left=2)
+
+
+def reaching(pieces: list[Report], wanted: float) -> Iterator[tuple[Report, Report]]:
+    """Pieces with the goal `wanted` that reached it on the measured queries, up to a standard error."""
+    for piece in pieces:
+        for goal in piece.get("goals", []):
+            if goal["wanted"] == wanted and "failed" not in goal and piece["factory"] != "Flat":
+                found = goal["recall"][JUDGED_DEPTH]
+                if found["mean"] + found["standard_error"] >= wanted:
+                    yield piece, goal
+
+
+def scale_line(piece: Report, goal: Report) -> list[str]:
+    """What a structure reached and took."""
+    recalls = [goal["recall"].get(depth) for depth in ("10", "100", "1000")]
+    one, many = goal["latency_one_client"], goal["latency_many_clients"]
+    bounded = piece["peak_bytes"] is not None
+    ram = piece["peak_bytes"] if bounded else piece["ram_bytes"]["RssAnon"]
+    return [
+        piece["factory"] + (" on disk" if piece["structure"]["on_disk"] else ""),
+        *("" if found is None else f"{found['mean']:.3f}" for found in recalls),
+        f"{one['median_ms']:.2f} ({one['p99_ms']:.2f})",
+        f"{many['clients']}: {many['median_ms']:.2f} ({many['p99_ms']:.2f})",
+        f"{ram / 1e6:,.0f}" + (f" of {piece['limit_gb']:g} GB" if bounded else ""),
+        f"{piece['disk_bytes'] / 1e6:,.0f}",
+    ]
+
+
+def answer_table(ways: Report) -> str:
+    """One line for each way of asking."""
+    names = list(next(iter(ways.values()))["parts"])
+    rows = [
+        [
+            way,
+            *(f"{found['parts'][name]['median_ms']:.2f} ({found['parts'][name]['p99_ms']:.2f})" for name in names),
+            f"{found['per_second']:.0f}",
+        ]
+        for way, found in ways.items()
+    ]
+    return markdown(["", *names, "pictures a second"], rows)
