@@ -46,7 +46,7 @@ from fastgda.flags import add_flags, from_flags
 from fastgda.index import Index, SegmentConfig, Source, recommend
 from fastgda.index.backend import set_threads
 from fastgda.index.calibrate import calibrate, recall
-from fastgda.index.plan import estimate, measured_flops
+from fastgda.index.plan import duration, estimate, measured_flops
 from fastgda.ranker import load_ranker
 
 FACTORIES = (
@@ -230,6 +230,7 @@ def run_piece(config: ScaleConfig, rows: Synthetic, factory: str, truth: Path, m
     ):
         if needed > free:
             return {**piece, "failed": f"needs {needed / 1e9:.1f} GB of {name}, {free / 1e9:.1f} GB are free"}
+    piece["estimate"] = asdict(cost)
     try:
         piece["build_seconds"] = build_piece(rows, structure, folder, made_from)
     except ValueError as error:
@@ -302,7 +303,7 @@ def forecast(plan: Plan) -> None:
                 print(
                     f"{size:>11,} x {dim:<5} {structure.factory:<28} RAM {cost.ram / 1e9:.2f} GB, "
                     f"{cost.build_ram / 1e9:.2f} GB building, disk {cost.disk / 1e9:.2f} GB, "
-                    f"training {cost.training_seconds / 60:.1f} min"
+                    f"training {duration(cost.training_seconds)}, adding {duration(cost.adding_seconds)}"
                 )
 
 

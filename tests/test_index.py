@@ -16,7 +16,7 @@ from index_world import IDS, N, build, creator, exhaustive, metadata, queries, v
 
 from fastgda.core import save_npy
 from fastgda.index import FlatIndex, Index, SegmentConfig, Settings, Source, load_embedding, recommend
-from fastgda.index.backend import Structure
+from fastgda.index.backend import GRAPH_COST, Structure
 from fastgda.index.metadata import MetadataTable, write_metadata
 from fastgda.index.plan import estimate
 from fastgda.index.segment import INDEX, VECTORS, training_rows
@@ -348,6 +348,23 @@ def test_recommendation(images: int, gigabytes: float, factory: str, on_disk: bo
 def test_recommendation_for_a_latency(images: int, gigabytes: float, milliseconds: float, factory: str) -> None:
     advice = recommend(images, 768, gigabytes * 1e9, milliseconds / 1e3)
     assert advice.config.factory == factory and not advice.config.on_disk and advice.reasons
+
+
+@pytest.mark.parametrize(
+    ("factory", "flops"),
+    [
+        ("Flat", 2 * 64),
+        ("IVF16,SQ8", 2 * 16 * 64 + 2 * 64),
+        ("IVF16,PQ8", 2 * 16 * 64 + 2 * 256 * 64),
+        ("IVF16,PQ8x4fs", 2 * 16 * 64 + 2 * 16 * 64),
+        ("OPQ8_32,IVF16,PQ8", 2 * 64 * 32 + 2 * 16 * 32 + 2 * 256 * 32),
+        ("HNSW8,SQ8", GRAPH_COST * 2 * 64 * 40 * 16),
+        ("IVF16_HNSW8,SQ8", GRAPH_COST * 2 * 64 * 16 * 16 + 2 * 64),
+    ],
+)
+def test_work_of_adding_a_vector(factory: str, flops: float) -> None:
+    assert Structure.create(factory, 64).adding_flops() == flops
+    assert estimate(SegmentConfig(factory), 1000, 64, flops=1e3).adding_seconds == pytest.approx(flops)
 
 
 @pytest.mark.parametrize("factory", ["Flat", "SQ8", "IVF8,SQ8", "HNSW16"])

@@ -140,6 +140,22 @@ def test_dry_run_prints_and_writes_nothing(files: Path, capsys: pytest.CaptureFi
     assert sorted(files.iterdir()) == before
 
 
+def test_a_plan_needs_no_vectors(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--images", "400000000", "--memory_gb", "16"]) == 0
+    out = capsys.readouterr().out
+    for text in (
+        "400,000,000 x 768",
+        "OPQ64_256,IVF65536_HNSW32,PQ64",
+        "on disk",
+        "72 searched",
+        "adding",
+        "- 5 shards",
+    ):
+        assert text in out
+    assert main(["plan", "--images", "0"]) == 2
+    assert "expected positive images" in capsys.readouterr().err
+
+
 def test_metadata_is_estimated(files: Path) -> None:
     paths = [files / "a.parquet", files / "b.parquet"]
     index = build(files / "x", SegmentConfig())
@@ -180,7 +196,7 @@ def test_mistakes_are_named(files: Path, capsys: pytest.CaptureFixture[str], wor
     assert error.startswith("error: ") and complaint in error
 
 
-@pytest.mark.parametrize("name", ["build", "info", "calibrate", "add", "remove", "rebuild", "search"])
+@pytest.mark.parametrize("name", ["build", "plan", "info", "calibrate", "add", "remove", "rebuild", "search"])
 def test_help_has_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([name, "--help"])

@@ -6,7 +6,7 @@
         --checkpoint weights/emoji_effnet+minilm.pth --recall 0.95
     python -m fastgda.index remove runs/index --creator Google
 
-Commands: build, info, calibrate, add, remove, rebuild, search; each has its own --help with an example.
+Commands: build, plan, info, calibrate, add, remove, rebuild, search; each has its own --help with an example.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from fastgda.index.structure_flags import AUTO, add_structure_flags, builder_fro
 
 EXAMPLES = {
     "build": "build runs/index --vectors feats/data_feats.npy --checkpoint weights/ranker.pth --memory_gb 2 --dry_run",
+    "plan": "plan --images 400000000 --dim 768 --memory_gb 16",
     "info": "info runs/index",
     "calibrate": "calibrate runs/index --queries feats/val_query_feats.npy --checkpoint weights/ranker.pth --k 100",
     "add": "add runs/index --vectors feats/new_feats.npy --checkpoint weights/ranker.pth --metadata new.parquet",
@@ -41,6 +42,7 @@ EXAMPLES = {
 }
 HELP = {
     "build": "build an index from .npy files of features or embeddings",
+    "plan": "what an index of so many vectors would be and cost, before there are any",
     "info": "what an index holds, its measured recall, and whether to rebuild it",
     "calibrate": "set nprobe and re-rank depth for a wanted recall@k on real queries",
     "add": "add images",
@@ -67,6 +69,13 @@ def run_build(args: argparse.Namespace) -> None:
     Index.create(args.path, source, config, ranker=ranker, command=args.command_line, build=builder_from(args))
     print(f"{args.path}: {len(source):,} images, {config.factory}")
     _name_left_out(source)
+
+
+def run_plan(args: argparse.Namespace) -> None:
+    """`plan`."""
+    config, reasons = structure_from(args, args.images, args.dim)
+    print(describe(config, args.images, args.dim, estimate(config, args.images, args.dim, measured_flops())))
+    print("\n".join(f"- {reason}" for reason in reasons))
 
 
 def run_info(args: argparse.Namespace) -> None:
@@ -157,6 +166,7 @@ def run_search(args: argparse.Namespace) -> None:
 
 RUN: dict[str, Callable[[argparse.Namespace], None]] = {
     "build": run_build,
+    "plan": run_plan,
     "info": run_info,
     "calibrate": run_calibrate,
     "add": run_add,
@@ -173,8 +183,9 @@ def parser() -> argparse.ArgumentParser:
     for name, text in HELP.items():
         example = f"example: python -m fastgda.index {EXAMPLES[name]}"
         sub = commands.add_parser(name, help=text, description=text, epilog=example)
-        sub.add_argument("path", type=Path, help="folder of the index")
-        if name != "build":
+        if name != "plan":
+            sub.add_argument("path", type=Path, help="folder of the index")
+        if name not in ("build", "plan"):
             sub.add_argument(
                 "--verify",
                 action=argparse.BooleanOptionalAction,
@@ -196,14 +207,16 @@ def parser() -> argparse.ArgumentParser:
         if name in ("build", "add", "calibrate", "search"):
             sub.add_argument("--checkpoint", type=Path, help="ranker that embeds the features (default: none)")
             sub.add_argument("--unit", action="store_true", help="without a ranker: put rows at unit length (cosine)")
-        if name in ("build", "rebuild"):
-            add_structure_flags(sub, default=AUTO if name == "build" else None)
+        if name in ("build", "plan", "rebuild"):
+            add_structure_flags(sub, default=None if name == "rebuild" else AUTO)
     _add_rest(commands.choices)
     return top
 
 
 def _add_rest(subs: dict[str, Any]) -> None:
     text = "print bytes per vector, RAM, disk and training time, and build nothing"
+    subs["plan"].add_argument("--images", type=int, required=True, help="number of vectors")
+    subs["plan"].add_argument("--dim", type=int, default=768, help="their width (default: 768, a ranker's embedding)")
     subs["build"].add_argument("--dry_run", action="store_true", help=text)
     subs["calibrate"].add_argument("--recall", type=float, default=0.95, help="recall@k wanted (default: 0.95)")
     for name in ("add", "remove"):

@@ -33,6 +33,8 @@ CODE_TRAINING = 100_000
 """Vectors on which FAISS trains the codes of an inverted file at most."""
 WIDEST_GRAPH = 4096
 """Largest efSearch: beyond it a scan is as good."""
+GRAPH_COST = 4.0
+"""A comparison in a graph takes as long as so many of a matrix product."""
 TRAINING_PER_LIST = 64
 """Training vectors per inverted list; FAISS warns below 39 and drops what exceeds 256."""
 
@@ -143,6 +145,23 @@ class Structure:
     def coarse_flops(self, sample: int) -> float:
         """Multiplications and additions of training the coarse quantiser on `sample` vectors (10 rounds of k-means)."""
         return 0.0 if self._ivf is None else 2.0 * 10 * sample * self._ivf.nlist * self._ivf.d
+
+    def adding_flops(self) -> float:
+        """Multiplications and additions of adding one vector: transformation, nearest centroid, code; in a graph the
+        comparisons that place it, each counted `GRAPH_COST` times because they wait for memory."""
+        index, work = faiss.downcast_index(self._index), 0.0
+        if isinstance(index, faiss.IndexPreTransform):
+            work += 2.0 * self.dim * index.index.d
+            index = faiss.downcast_index(index.index)
+        if isinstance(index, faiss.IndexHNSW):
+            return work + _graph_flops(index, index.hnsw.efConstruction)
+        if not isinstance(index, faiss.IndexIVF):
+            return work + 2.0 * index.d
+        quantiser = faiss.downcast_index(index.quantizer)
+        graph = isinstance(quantiser, faiss.IndexHNSW)
+        work += _graph_flops(quantiser, quantiser.hnsw.efSearch) if graph else 2.0 * index.nlist * index.d
+        codes = getattr(index, "pq", None)
+        return work + 2.0 * index.d * (1 if codes is None else codes.ksub)
 
     def training_size(self, images: int) -> int:
         """Vectors to train on, of `images`; 0 where nothing is trained."""
@@ -257,6 +276,11 @@ def check_k(k: int, images: int) -> None:
     """`ValueError` unless 1 <= k <= images."""
     if not 1 <= k <= images:
         raise ValueError(f"k = {k}: expected 1 to {images}, the number of images in the index")
+
+
+def _graph_flops(graph: faiss.IndexHNSW, visited: int) -> float:
+    """Of one search that looks at the neighbours of so many vertices, by the rule in `Structure.adding_flops`."""
+    return GRAPH_COST * 2.0 * graph.d * visited * graph.hnsw.nb_neighbors(0)
 
 
 def _parameters(index: faiss.Index, nprobe: int) -> Any:

@@ -57,6 +57,8 @@ class Estimate:
     training_vectors: int
     training_seconds: float
     """On this machine, from its speed in matrix products."""
+    adding_seconds: float
+    """Of all vectors, likewise; where they come from takes its own time."""
 
 
 def recommend(images: int, dim: int, memory_budget: float, latency: float | None = None) -> Recommendation:
@@ -121,6 +123,7 @@ def estimate(config: SegmentConfig, images: int, dim: int, flops: float, metadat
         disk=stored + codes + parts + 16 * images + 2 * structure.fixed_bytes() + metadata,
         training_vectors=sample,
         training_seconds=work / flops,
+        adding_seconds=images * structure.adding_flops() / flops,
     )
 
 
@@ -144,7 +147,8 @@ def describe(config: SegmentConfig, images: int, dim: int, cost: Estimate) -> st
         ("bytes per vector", f"{cost.bytes_per_vector} searched, {dim * np.dtype(config.store).itemsize} stored"),
         ("RAM", f"{cost.ram / 1e9:.2f} GB searching, {cost.build_ram / 1e9:.2f} GB building"),
         ("disk", f"{cost.disk / 1e9:.2f} GB, metadata included where it was given"),
-        ("training", f"{cost.training_vectors:,} vectors, about {_duration(cost.training_seconds)}"),
+        ("training", f"{cost.training_vectors:,} vectors, about {duration(cost.training_seconds)}"),
+        ("adding", f"about {duration(cost.adding_seconds)} on this machine, shared by workers"),
     ]
     return "\n".join(f"{name:<18}{value}" for name, value in rows)
 
@@ -178,7 +182,8 @@ def _of(room: float) -> str:
     return f"in {room / 1e9:.2f} GB, {LIST_SHARE:.0%} of the memory given"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours."""
     if seconds < 90:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
