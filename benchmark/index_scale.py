@@ -13,22 +13,19 @@ group that has no more than that, the pages of mapped files included, so that wh
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmark.index_measure import CALIBRATED_ON, DEPTHS
 from benchmark.memory_limit import limited
 from benchmark.synthetic import Statistics, Synthetic, exact_neighbours
 from fastgda.core import (
@@ -37,15 +34,12 @@ from fastgda.core import (
     command_parser,
     environment,
     load_npy,
-    load_npz,
     save_json,
     save_npz,
     sha256_file,
 )
 from fastgda.flags import add_flags, from_flags
 from fastgda.index import Index, SegmentConfig, Source, recommend
-from fastgda.index.backend import set_threads
-from fastgda.index.calibrate import calibrate, recall
 from fastgda.index.plan import duration, estimate, measured_flops
 from fastgda.ranker import load_ranker
 
@@ -58,12 +52,6 @@ FACTORIES = (
     "IVF{lists},PQ64x4fs",
     "OPQ64_256,IVF{lists},PQ64",
 )
-DEPTHS = (10, 100, 1000)
-"""Values of k of recall@k."""
-CALIBRATED_ON = 7
-"""One query in so many calibrates."""
-BUDGET, LEAST = 30.0, 100
-"""Seconds for a measurement of latency, and single queries that it takes however long they last."""
 
 
 @dataclass(frozen=True)
@@ -126,89 +114,6 @@ def build_piece(rows: Synthetic, structure: SegmentConfig, folder: Path, made_fr
     return time.perf_counter() - start
 
 
-def measure(folder: Path, work: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Calibrates the index in `folder` to each goal and measures it; runs in a process that did not build it."""
-    held = load_npz(work, ("queries", "truth"))
-    queries, truth = held["queries"], held["truth"]
-    few = len(queries) // CALIBRATED_ON
-    before = memory()
-    index = Index(folder, verify=False)
-    k = min(config["k"], len(index))
-    goals = [measure_goal(index, queries, truth, few, k, wanted, config["clients"]) for wanted in config["goals"]]
-    used = memory()
-    return {
-        "goals": goals,
-        "ram_bytes": {name: used[name] - before.get(name, 0) for name in used},
-        "disk_bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
-    }
-
-
-def measure_goal(
-    index: Index, queries: np.ndarray, truth: np.ndarray, few: int, k: int, wanted: float, clients: int
-) -> dict[str, Any]:
-    """Recall at every depth and latencies, calibrated to recall@k `wanted` on the first `few` queries."""
-    try:
-        calibration = calibrate(index, queries[:few], k, wanted)
-    except ValueError as error:
-        return {"wanted": wanted, "failed": str(error)}
-    asked, expected = queries[few:], truth[few:]
-    recalls = {}
-    for depth in (depth for depth in DEPTHS if depth <= truth.shape[1]):
-        reached = recall(index.search(asked, depth).ids, expected[:, :depth])
-        recalls[str(depth)] = {
-            "mean": float(reached.mean()),
-            "standard_error": float(reached.std() / len(reached) ** 0.5),
-        }
-    return {
-        "wanted": wanted,
-        "calibration": calibration,
-        "recall": recalls,
-        "latency_one_client": latencies(index, asked, k, clients=1, threads=os.cpu_count() or 1),
-        "latency_many_clients": latencies(index, asked, k, clients=clients, threads=1),
-    }
-
-
-def latencies(index: Index, queries: np.ndarray, k: int, *, clients: int, threads: int) -> dict[str, float]:
-    """Milliseconds of single queries with so many clients at once, each on so many threads, after a few warm ones.
-
-    As many of the queries as are answered within `BUDGET` seconds, at least `LEAST`.
-    """
-    taken: list[float] = []
-    lock = threading.Lock()
-
-    def ask(row: int) -> None:
-        if len(taken) >= LEAST and time.perf_counter() - began > BUDGET:
-            return
-        start = time.perf_counter()
-        index.search(queries[row : row + 1], k)
-        seconds = time.perf_counter() - start
-        with lock:
-            taken.append(1000 * seconds)
-
-    with ThreadPoolExecutor(clients, initializer=set_threads, initargs=(threads,)) as pool:
-        began = time.perf_counter()
-        list(pool.map(ask, range(min(LEAST, len(queries)))))
-        taken.clear()
-        began = time.perf_counter()
-        list(pool.map(ask, range(len(queries))))
-        rate = len(taken) / (time.perf_counter() - began)
-    median, late = np.percentile(taken, [50, 99])
-    return {
-        "clients": clients,
-        "queries": len(taken),
-        "median_ms": float(median),
-        "p99_ms": float(late),
-        "queries_per_second": rate,
-    }
-
-
-def memory() -> dict[str, int]:
-    """Bytes in memory now, by what backs them: RssAnon is the index's own, RssFile pages of mapped files."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    found = dict(line.split(":", 1) for line in lines if line.startswith("Rss"))
-    return {name: int(value.split()[0]) * 1024 for name, value in found.items()}
-
-
 def free_memory() -> float:
     """Bytes that processes can still have, file cache that can be dropped included."""
     lines = Path("/proc/meminfo").read_text().splitlines()
@@ -236,7 +141,7 @@ def run_piece(config: ScaleConfig, rows: Synthetic, factory: str, truth: Path, m
     except ValueError as error:
         return {**piece, "failed": str(error)}
     options = json.dumps({"k": config.k, "goals": config.goals, "clients": config.clients})
-    command = [sys.executable, "-m", "benchmark.index_scale", "--measure", str(folder), str(truth), options]
+    command = [sys.executable, "-m", "benchmark.index_measure", str(folder), str(truth), options]
     with limited(config.limit_gb) as group:
         done = subprocess.run([*group.prefix, *command], cwd=ROOT, stdout=subprocess.PIPE, check=True)
         peak = group.peak()
@@ -369,12 +274,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = command_parser("python -m benchmark.index_scale", __doc__)
     add_flags(parser, ScaleConfig)
     parser.add_argument("--dry_run", action="store_true", help="print what missing pieces will need; build none")
-    parser.add_argument("--measure", nargs=3, metavar=("FOLDER", "TRUTH", "OPTIONS"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.measure is not None:
-        folder, truth, options = args.measure
-        print(json.dumps(measure(Path(folder), Path(truth), json.loads(options))))
-        return
     config = from_flags(ScaleConfig, args)
     config.work.mkdir(parents=True, exist_ok=True)
     embedding, asked, inputs = load_embedding(config)
