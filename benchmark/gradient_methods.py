@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from abu.cluster import ClusterConfig
-from abu.testbed import Testbed
+from abu.testbed import JUDGED, Testbed
 from benchmark.gradient_store import StoreConfig, collect, foresee, load_store
 from benchmark.kernels import GRID, Kernel, das_scores
 from benchmark.projected import FeatureConfig
@@ -61,15 +61,15 @@ METHODS: dict[str, Method] = {
 }
 
 
-def collect_method(testbed: Testbed, method: Method, models: int, cluster: ClusterConfig | None) -> None:
-    """Computes the gradients that are missing."""
-    for store in _stores(method, models):
-        collect(testbed, store, cluster)
+def collect_method(testbed: Testbed, method: Method, models: int, split: str, cluster: ClusterConfig | None) -> None:
+    """Computes the gradients that are missing for the queries of a split."""
+    for store, splits in _stores(method, models, split):
+        collect(testbed, store, cluster, splits)
 
 
-def foresee_method(testbed: Testbed, method: Method, models: int, workers: int) -> list[str]:
+def foresee_method(testbed: Testbed, method: Method, models: int, split: str, workers: int) -> list[str]:
     """A line for each store: what its missing gradients need."""
-    found = [(store.name, foresee(testbed, store, workers)) for store in _stores(method, models)]
+    found = [(store.name, foresee(testbed, store, workers, at)) for store, at in _stores(method, models, split)]
     return [f"{name}: {'nothing is missing' if needed is None else needed}" for name, needed in found]
 
 
@@ -126,8 +126,13 @@ def _indices(models: int) -> range:
     return range(1) if models == 1 else range(1, models + 1)
 
 
-def _stores(method: Method, models: int) -> list[StoreConfig]:
-    return [store for index in _indices(models) for store in dict.fromkeys(method.stores(index))]
+def _stores(method: Method, models: int, split: str) -> list[tuple[StoreConfig, tuple[str, ...]]]:
+    """Each store with the splits whose queries it needs: training images lie with the judged queries."""
+    found: dict[tuple[StoreConfig, tuple[str, ...]], None] = {}
+    for index in _indices(models):
+        training, queries = method.stores(index)
+        found |= {(training, JUDGED): None, (queries, JUDGED if split in JUDGED else (split,)): None}
+    return list(found)
 
 
 def _mean(scores: list[Tensor]) -> np.ndarray:

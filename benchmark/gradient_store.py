@@ -1,8 +1,9 @@
 """Projected gradients on disk: collected in pieces that nothing can lose, by one process or Ray workers.
 
 data/<mode>/cache/projected/<name>/ holds pieces of the training set ("pass_0_…") and of the validation and test
-queries ("query_…"), each with `features` [B, k] and `residual` [B]. A piece that exists is never computed again, and
-pieces of other settings, models or queries are refused.
+queries ("query_…"), each with `features` [B, k] and `residual` [B]; <name>-train those of the training queries, which
+only a teacher needs. A piece that exists is never computed again, and pieces of other settings, models or queries are
+refused.
 """
 
 from __future__ import annotations
@@ -143,34 +144,37 @@ def load_factors(testbed: Testbed, config: StoreConfig, source: SourceModel) -> 
     return replace(found, groups=groups)
 
 
-def claimed(testbed: Testbed, config: StoreConfig) -> Collection:
+def claimed(testbed: Testbed, config: StoreConfig, splits: tuple[str, ...] = JUDGED) -> Collection:
     """The folder; `ValueError` if it holds pieces of other settings, another model or other queries."""
-    collection = Collection(testbed.data / "cache/projected" / config.name)
+    name = config.name if splits == JUDGED else f"{config.name}-{'-'.join(splits)}"
+    collection = Collection(testbed.data / "cache/projected" / name)
     weights = reference_file(testbed, config.model - 1) if config.model else testbed.source / "denoiser.safetensors"
     files = {"model": weights, "training": testbed.data / "trainset/latents.npy"}
-    files |= {f"query_{split}": testbed.data / f"query_{split}/latents.npy" for split in JUDGED}
+    files |= {f"query_{split}": testbed.data / f"query_{split}/latents.npy" for split in splits}
     inputs = {name: sha256_file(require_file(path)) for name, path in files.items()}
     collection.claim(config.settings, inputs, command="python -m benchmark.methods")
     return collection
 
 
-def plan_of(testbed: Testbed, config: StoreConfig) -> list[Piece]:
-    """All pieces of a folder."""
-    plan = [piece for split in JUDGED for piece in cut("query", split, len(testbed.query_captions(split)), PIECE)]
-    return plan if config.journey else plan + cut("pass", "0", testbed.images, PIECE)
+def plan_of(testbed: Testbed, config: StoreConfig, splits: tuple[str, ...] = JUDGED) -> list[Piece]:
+    """All pieces of a folder; the training images' lie beside those of the judged queries."""
+    plan = [piece for split in splits for piece in cut("query", split, len(testbed.query_captions(split)), PIECE)]
+    return plan if config.journey or splits != JUDGED else plan + cut("pass", "0", testbed.images, PIECE)
 
 
-def collect(testbed: Testbed, config: StoreConfig, cluster: ClusterConfig | None) -> None:
+def collect(
+    testbed: Testbed, config: StoreConfig, cluster: ClusterConfig | None, splits: tuple[str, ...] = JUDGED
+) -> None:
     """Computes what is missing. Factors are fitted first, by this process: workers only read them."""
-    collection, plan = claimed(testbed, config), plan_of(testbed, config)
+    collection, plan = claimed(testbed, config, splits), plan_of(testbed, config, splits)
     if collection.missing(plan):
         load_factors(testbed, config, load_member(testbed, config.model, best_device()))
         run_plan(partial(GradientWorker, testbed, config), collection, plan, cluster)
 
 
-def foresee(testbed: Testbed, config: StoreConfig, workers: int) -> Estimate | None:
+def foresee(testbed: Testbed, config: StoreConfig, workers: int, splits: tuple[str, ...] = JUDGED) -> Estimate | None:
     """Time, memory and disk that the missing pieces need; `None` if none is missing."""
-    collection, plan = claimed(testbed, config), plan_of(testbed, config)
+    collection, plan = claimed(testbed, config, splits), plan_of(testbed, config, splits)
     if not collection.missing(plan):
         return None
     return estimate(GradientWorker(testbed, config), collection, plan, workers)
@@ -178,8 +182,9 @@ def foresee(testbed: Testbed, config: StoreConfig, workers: int) -> Estimate | N
 
 def load_store(testbed: Testbed, config: StoreConfig, part: str, key: str = "features") -> Tensor:
     """features [B, k] or residual [B] of a split or, with "training", of the training set."""
-    collection = claimed(testbed, config)
-    pieces = [piece for piece in plan_of(testbed, config) if piece.examples == part]
+    splits = JUDGED if part in (*JUDGED, "training") else (part,)
+    collection = claimed(testbed, config, splits)
+    pieces = [piece for piece in plan_of(testbed, config, splits) if piece.examples == part]
     made_by = "python -m benchmark.methods"
     arrays = [load_npz(collection.path(piece), (key,), made_by)[key] for piece in pieces]
     return torch.from_numpy(np.concatenate(arrays))

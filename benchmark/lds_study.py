@@ -143,9 +143,12 @@ def main(argv: list[str] | None = None) -> None:
     for name in study.variants:
         method = study.method(name)
         if args.dry_run:
-            print(*(f"{name}: {line}" for line in foresee_method(testbed, method, 1, args.workers or 1)), sep="\n")
+            print(
+                *(f"{name}: {line}" for line in foresee_method(testbed, method, 1, args.split, args.workers or 1)),
+                sep="\n",
+            )
             continue
-        collect_method(testbed, method, 1, cluster_from(args))
+        collect_method(testbed, method, 1, args.split, cluster_from(args))
         settings = {"features": asdict(study.variants[name])}
         rows.append({"variant": name} | settings | judge(method_scores(testbed, method, 1, args.split)[0]))
         print(lds_line(name, rows[-1]))

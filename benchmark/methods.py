@@ -12,6 +12,7 @@
     python -m benchmark.methods trak journey-trak d-trak das abu ekfac --workers 2    # resumable
     python -m benchmark.methods trak d-trak --select            # the ridge λ by the LDS of the validation queries
     python -m benchmark.methods trak --models 4 --ridge 0.1     # trak-4models-ridge0.1.npy
+    python -m benchmark.methods das --select --split train      # of training queries: see benchmark.distil
     python -m benchmark.methods abu-plus --layers attn --damping 0.01 --name abu-attn    # other settings, another name
 
 Writes data/<mode>/scores/<name>.npy, which benchmark.lds, benchmark.removal and the leaderboard judge and call by that
@@ -36,7 +37,7 @@ import numpy as np
 from abu.cluster import add_cluster_flags, cluster_from
 from abu.layers import LayerPattern
 from abu.stages import whole_passes
-from abu.testbed import JUDGED, SPLITS, Testbed, testbed_from
+from abu.testbed import SPLITS, Testbed, testbed_from
 from abu.unlearn import STEP
 from benchmark.exact_rankings import full_influence
 from benchmark.finite_step import load_changes, load_terms, require_own_steps, whole_step_passes
@@ -187,7 +188,8 @@ def recipe_of(method: str, args: argparse.Namespace) -> Method:
 def gradient_scores(testbed: Testbed, method: str, args: argparse.Namespace) -> tuple[np.ndarray, dict[str, Any]]:
     """(scores, settings) of a method on gradients; collects what is missing."""
     recipe = recipe_of(method, args)
-    collect_method(testbed, recipe, args.models, cluster_from(args))
+    for split in {args.split, "val"} if args.select else {args.split}:
+        collect_method(testbed, recipe, args.models, split, cluster_from(args))
     settings: dict[str, Any] = {"method": method, "models": args.models, "features": asdict(recipe.features)}
     ridge = args.ridge
     if args.select and recipe.score != "inner":
@@ -206,7 +208,7 @@ def main(argv: list[str] | None = None) -> None:
     known = f"{RANDOM}, {TUNED}, {teachers}, each also with {NEAREST}, {', '.join(METHODS)}, or feature types"
     parser.add_argument("methods", nargs="+", help=known)
     add_judge_flags(parser)
-    parser.add_argument("--split", choices=JUDGED, default="test", help="which queries (default: test)")
+    parser.add_argument("--split", choices=SPLITS, default="test", help="which queries (default: test)")
     parser.add_argument("--ftype", default="effnet+minilm", help="feature type of the tuned ranker")
     parser.add_argument("--checkpoint", type=Path, help="the tuned ranker")
     parser.add_argument("--influence", metavar="TEACHER", help="map the scores to the influence under this teacher")
@@ -241,7 +243,7 @@ def main(argv: list[str] | None = None) -> None:
     for method in args.methods:
         if args.dry_run:
             if method in METHODS:
-                needed = foresee_method(testbed, recipe_of(method, args), args.models, args.workers or 1)
+                needed = foresee_method(testbed, recipe_of(method, args), args.models, args.split, args.workers or 1)
                 print(*(f"{method}: {line}" for line in needed), sep="\n")
             continue
         command = f"python -m benchmark.methods {method} --mode {testbed.name}"

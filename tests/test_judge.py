@@ -30,6 +30,7 @@ from abu.unlearn import STEP, UnlearnConfig
 from benchmark import (
     calibration,
     creators,
+    distil,
     gradient_store,
     image_rows,
     latency,
@@ -47,11 +48,11 @@ from benchmark.gradient_store import StoreConfig, load_store
 from benchmark.losses import CachedLosses
 from benchmark.projected import FeatureConfig
 from benchmark.retrainer import RetrainConfig, Retrainer, Retraining
-from benchmark.scores import load_scores, save_scores, score_inputs
+from benchmark.scores import load_scores, save_scores, score_inputs, score_path
 from benchmark.together import Together, run_together
 from fastgda.core import load_npz, save_npy, save_npz, write_manifest
 from fastgda.ranker import Ranker, RankerConfig, save_ranker
-from fastgda.rankings import from_scores, save_rankings
+from fastgda.rankings import from_scores, load_rankings, save_rankings
 from feature_extraction.encoders import load_encoder
 from feature_extraction.minilm import MiniLM
 from serving.retrained import Retrained
@@ -180,6 +181,23 @@ def test_trak_is_the_closed_form_on_the_stored_gradients_and_a_mean_over_models(
     found, used = method_scores(retrained, method, 2, "test", ridge=1e-3)
     assert used == 1e-3
     np.testing.assert_allclose(found, np.mean(expected, 0), rtol=1e-3, atol=1e-6 * np.abs(expected).max())
+
+
+def test_any_method_becomes_a_teacher(small, capsys):
+    """Scores of the training queries, collected beside those of the judged ones, and all of them as rankings."""
+    assert distil.main(["ekfac"]) == 2
+    assert "scores/train/ekfac.npy: expected a file, found nothing" in capsys.readouterr().err
+    judged = {path: path.stat().st_mtime_ns for path in small.data.rglob("projected/**/*.npz")}
+    for split in ("train", "val", "test"):
+        assert methods.main(["ekfac", "--split", split]) == 0
+    folder = small.data / "cache/projected" / METHODS["ekfac"].stores(0)[0].name
+    assert [path.name for path in folder.with_name(f"{folder.name}-train").glob("*.npz")] == ["query_train_000000.npz"]
+    assert judged.items() <= {path: path.stat().st_mtime_ns for path in small.data.rglob("projected/**/*.npz")}.items()
+    assert distil.main(["ekfac"]) == 0
+    for split in ("train", "val", "test"):
+        scores = load_scores(score_path(small, "ekfac", split), small, split)
+        found = load_rankings(small.data / f"influence_ekfac_{split}.npz", images=IMAGES)
+        assert np.array_equal(found.rank, np.argsort(-scores, axis=1, kind="stable"))
 
 
 def test_gradients_of_other_queries_are_refused(small, tmp_path):
