@@ -7,6 +7,7 @@
     python -m benchmark.methods normalised plain                # the first-order teachers' collected passes
     python -m benchmark.methods normalised-knn plain-knn        # the same on K nearest images only (paper, Table 2)
     python -m benchmark.methods minilm --influence finite-step  # minilm-influence: what the cosine predicts of τ
+    python -m benchmark.methods minilm --influence das          # of any scores, after: das --split val
     python -m benchmark.methods exact                           # the loss changes of abu.collect_exact, as they are
     python -m benchmark.methods trak journey-trak d-trak das abu ekfac --dry_run      # time, memory and disk
     python -m benchmark.methods trak journey-trak d-trak das abu ekfac --workers 2    # resumable
@@ -45,7 +46,8 @@ from benchmark.gradient_methods import METHODS, Method, collect_method, foresee_
 from benchmark.lds import Judge
 from benchmark.projected import Measure
 from benchmark.retrain import add_judge_flags
-from benchmark.scores import save_scores
+from benchmark.scores import load_scores as load_file
+from benchmark.scores import save_scores, score_path
 from benchmark.teacher import NEIGHBOUR_FTYPE, NEIGHBOURS, TEACHERS, load_scores
 from fastgda.core import command_line, command_parser, load_npy, sha256_file
 from fastgda.dataset import Layout, layout, load_images, normalise
@@ -138,7 +140,11 @@ def influence_scores(testbed: Testbed, method: str, split: str, args: argparse.N
     if args.influence is None:
         return scores, inputs
     fitted_on = scores if split == "val" else frozen_scores(testbed, method, "val", args)[0]
-    magnitude = Magnitude.fit(fitted_on, teacher_scores(testbed, args.influence, "val"))
+    if is_teacher(args.influence):
+        teacher = teacher_scores(testbed, args.influence, "val")
+    else:
+        teacher = load_file(score_path(testbed, args.influence, "val"), testbed, "val")
+    magnitude = Magnitude.fit(fitted_on, teacher)
     if np.ptp(magnitude.influence) == 0:
         raise ValueError(f"{method}: expected scores that rise with the influence under {args.influence}, found none")
     return magnitude.predict(scores), inputs
@@ -232,14 +238,16 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.name is not None and len(args.methods) > 1:
         raise ValueError(f"--name: expected one method beside it, found {len(args.methods)}")
+    testbed = testbed_from(args)
     if args.influence is not None:
-        if not is_teacher(args.influence):
-            raise ValueError(f"--influence: expected one of {teachers}, found {args.influence}")
+        if not (is_teacher(args.influence) or score_path(testbed, args.influence, "val").is_file()):
+            raise ValueError(
+                f"--influence: expected one of {teachers} or what validation scores are called, found {args.influence}"
+            )
         if given := [method for method in args.methods if is_teacher(method) or method in METHODS]:
             raise ValueError(f"--influence: expected features or a tuned ranker beside it, found {given[0]}")
     if args.select and args.ridge is not None:
         raise ValueError("--select: expected no --ridge beside it, found one")
-    testbed = testbed_from(args)
     for method in args.methods:
         if args.dry_run:
             if method in METHODS:

@@ -51,6 +51,7 @@ from benchmark.retrainer import RetrainConfig, Retrainer, Retraining
 from benchmark.scores import load_scores, save_scores, score_inputs, score_path
 from benchmark.together import Together, run_together
 from fastgda.core import load_npz, save_npy, save_npz, write_manifest
+from fastgda.dataset import layout
 from fastgda.ranker import Ranker, RankerConfig, save_ranker
 from fastgda.rankings import from_scores, load_rankings, save_rankings
 from feature_extraction.encoders import load_encoder
@@ -468,6 +469,15 @@ def test_influence_keeps_the_order_and_has_the_teachers_magnitude(collected, fea
     save_npy(folder / "val_query_feats.npy", rankdata(-teacher, axis=1).astype("f4"))
     assert methods.main(["dino", "--influence", "finite-step@1", "--split", "val"]) == 2
     assert "dino: expected scores that rise with the influence under finite-step@1" in capsys.readouterr().err
+
+
+def test_any_validation_scores_can_be_the_influence(small, features):
+    cubes = methods.feature_scores(layout("emoji", "pixel", small.data), "val") ** 3
+    save_scores(small, "cubes", "val", cubes, {}, "test")
+    assert methods.main(["pixel", "--influence", "cubes", "--split", "val", "--name", "found"]) == 0
+    found = load_scores(score_path(small, "found", "val"), small, "val")
+    assert (np.diff(found.ravel()[np.argsort(cubes, axis=None)]) >= 0).all()
+    assert ((found - cubes) ** 2).mean() < 0.75 * cubes.var()
 
 
 @pytest.mark.parametrize(
