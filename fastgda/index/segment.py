@@ -37,6 +37,7 @@ from fastgda.core import (
 )
 from fastgda.index.backend import EXACT, LISTS_FILE, Structure, as_vectors, merge_on_disk
 from fastgda.index.metadata import MetadataTable, write_metadata
+from fastgda.index.rows import ScatteredRows
 from fastgda.index.source import Kept, NpyRows, Source, Vectors, kept_tables
 
 INDEX, VECTORS, IDS, ORDER, TRAINED = "index.faiss", "vectors.npy", "ids.npy", "order.npy", "trained.faiss"
@@ -190,9 +191,10 @@ class Segment:
         self.structure = Structure.read(folder / INDEX)
         if not self.config.on_disk:
             self.structure.use_gpu()
-        self.vectors = load_npy(folder / VECTORS, (rows, dim), mmap=True)
-        self.ids = load_npy(folder / IDS, (rows,), mmap=True)
-        self._order = load_npy(folder / ORDER, (rows,), mmap=True)
+        self.vectors = load_npy(folder / VECTORS, (rows, dim), mmap=True, writable=False)
+        self._scattered = ScatteredRows(folder / VECTORS, (rows, dim))
+        self.ids = load_npy(folder / IDS, (rows,), mmap=True, writable=False)
+        self._order = load_npy(folder / ORDER, (rows,), mmap=True, writable=False)
         self.metadata = MetadataTable(folder / METADATA, folder / MAPPED_METADATA)
         for name, count in ((INDEX, self.structure.rows), (METADATA, len(self.metadata))):
             if count != rows:
@@ -213,7 +215,7 @@ class Segment:
         for query, wanted, out in zip(queries, rows, scores, strict=True):
             (places,) = np.nonzero(wanted >= 0)
             places = places[np.argsort(wanted[places])]  # ascending rows, for the sake of the disk
-            out[places] = np.asarray(self.vectors[wanted[places]], dtype=np.float32) @ query
+            out[places] = self._scattered.take(wanted[places]) @ query
         return scores
 
 
