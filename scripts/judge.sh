@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Judges attribution methods on the small testbed, emoji-mini, whose diffusion model is trained again from scratch.
 #
-#   bash scripts/judge.sh              two cores: two hours for teachers, methods, studies and LDS, then a minute for each
-#                                      model that leave-K-out lacks, about 20 for a method and a K; after Ctrl-C the same
-#                                      command goes on
+#   bash scripts/judge.sh              two cores: two hours for teachers, methods, studies and LDS, then a minute for
+#                                      each model that leave-K-out lacks, about 20 for a method and a K; after Ctrl-C
+#                                      the same command goes on
 #   SMOKE=1 bash scripts/judge.sh      LDS of untuned features by the losses that the repository ships, under runs/smoke
 #
 # Losses of the models on halves and without creators are shipped (results/retrain/losses.npz), so that only models of
@@ -19,7 +19,7 @@ features=(pixel effnet minilm effnet+minilm)
 teachers=(finite-step finite-step@0.01 first-order second-order plain normalised)
 nearest=(finite-step-knn plain-knn normalised-knn)
 gradients=(trak journey-trak d-trak das abu abu-plus ekfac)
-removed=(finite-step@0.01 tuned-minilm minilm abu-plus das-selected tuned-das-minilm)
+removed=(finite-step@0.01 tuned-minilm minilm abu-plus das-selected tuned-das-effnet+minilm)
 levels=(43)
 calibrated=(finite-step@0.01 tuned-minilm-influence minilm-influence pixel-influence first-order)
 mini=(--mode emoji-mini) rankers=runs/rankers-mini workers=(--workers "$(nproc)")
@@ -79,11 +79,13 @@ done
 step "its rankings" python -m benchmark.distil das-selected
 learn=(--rank_file data/emoji-mini/influence_das-selected_train.npz)
 learn+=(--val_rank_file data/emoji-mini/influence_das-selected_val.npz)
-train das-minilm minilm "${learn[@]}"
-tuned=(tuned --ftype minilm --checkpoint $rankers/das-minilm.pth)
-step "scores of its ranker" python -m benchmark.methods "${tuned[@]}" --name tuned-das-minilm
-step "influence that it predicts" python -m benchmark.methods "${tuned[@]}" --influence das-selected \
-    --name tuned-das-minilm-influence
+for feature in minilm effnet+minilm; do
+    train das-$feature $feature --lr 3e-4 "${learn[@]}"
+    tuned=(tuned --ftype $feature --checkpoint $rankers/das-$feature.pth)
+    step "scores of its ranker" python -m benchmark.methods "${tuned[@]}" --name tuned-das-$feature
+    step "influence that it predicts" python -m benchmark.methods "${tuned[@]}" --influence das-selected \
+        --name tuned-das-$feature-influence
+done
 mapfile -t all < <(find data/emoji-mini/scores -maxdepth 1 -name '*.npy' | sort)
 step "LDS" python -m benchmark.lds "${all[@]}"
 step "creators" python -m benchmark.creators "${all[@]}"
