@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> None:
     add_judge_flags(parser)
     parser.add_argument("--ftype", default="effnet+minilm", help="feature type of the tuned ranker")
     parser.add_argument("--checkpoint", type=Path, help="the tuned ranker")
-    parser.add_argument("--name", help="what the tuned ranker is called (default: as in benchmark.methods)")
+    parser.add_argument("--name", help="what one method is called (default: as in benchmark.methods)")
     parser.add_argument("--queries", type=int, default=10, help="queries that are timed (default: 10)")
     parser.add_argument("--output", type=Path, default=ROOT / "results/latency/latency.json")
     args = parser.parse_args(argv)
@@ -160,6 +160,8 @@ def main(argv: list[str] | None = None) -> None:
     available = len(testbed.query_captions("test")) - 1
     if not 1 <= args.queries <= available:
         raise ValueError(f"--queries: expected 1 to {available}, found {args.queries}")
+    if args.name is not None and len(args.methods) > 1:
+        raise ValueError(f"--name: expected one method beside it, found {len(args.methods)}")
     for method in args.methods:
         if method == TUNED:
             if args.checkpoint is None:
@@ -172,7 +174,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             cost = gradient_cost(testbed, method) if method in METHODS else feature_cost(testbed, method)
         seconds = cost.scale * median_seconds(cost.attribute, args.queries)
-        name = args.name or f"{TUNED}-{args.ftype}" if method == TUNED else method
+        name = args.name or (f"{TUNED}-{args.ftype}" if method == TUNED else method)
         rows.append({"method": name, "seconds": seconds, "storage": cost.storage, "scale": cost.scale})
         print(f"{name:24s} {1000 * seconds:10.1f} ms  {cost.storage / 2**20:10.1f} MiB")
     about = {"mode": testbed.name, "images": testbed.images, "environment": environment()}

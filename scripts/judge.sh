@@ -91,6 +91,9 @@ step "LDS" python -m benchmark.lds "${all[@]}"
 step "creators" python -m benchmark.creators "${all[@]}"
 step "latency" python -m benchmark.latency effnet+minilm minilm tuned d-trak abu-plus --ftype minilm \
     --checkpoint $rankers/minilm.pth
+step "latency of DAS" python -m benchmark.latency das --name das-selected
+step "latency of its ranker" python -m benchmark.latency tuned --ftype effnet+minilm \
+    --checkpoint $rankers/das-effnet+minilm.pth --name tuned-das-effnet+minilm
 step "references" python -m benchmark.retrain reference "${workers[@]}"
 mapfile -t judged < <(scores "${removed[@]}")
 step "removals" python -m benchmark.removal run "${judged[@]}" --levels "${levels[@]}" "${workers[@]}"

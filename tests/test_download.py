@@ -107,15 +107,22 @@ def test_a_damaged_archive_leaves_no_pictures(tmp_path: Path, release: Path, cap
     assert not (tmp_path / "data/coco/trainset/train2017").exists()
 
 
-def test_archives_reach_no_other_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["path", "link", "device"])
+def test_archives_reach_no_other_folder(tmp_path: Path, capsys, kind: str) -> None:
     outside = tmp_path / "outside.txt"
     outside.write_text("x")
     source = tmp_path / "hub/coco/trainset"
     source.mkdir(parents=True)
     with tarfile.open(source / "a.tar.partaa", "w") as tar:
-        tar.add(outside, "../../../../escaped.txt")
+        if kind == "path":
+            tar.add(outside, "../../../../escaped.txt")
+        else:
+            member = tarfile.TarInfo("escaped")
+            member.type, member.linkname = (tarfile.SYMTYPE, "/") if kind == "link" else (tarfile.FIFOTYPE, "")
+            tar.addfile(member)
     assert main(arguments(tmp_path, tmp_path / "hub")) == 2
-    assert not (tmp_path / "escaped.txt").exists()
+    assert "which is no file or folder inside it" in capsys.readouterr().err
+    assert not (tmp_path / "escaped.txt").exists() and not list(tmp_path.rglob("escaped"))
 
 
 def test_too_little_disk_is_said_before_anything_is_fetched(tmp_path: Path, release: Path, monkeypatch, capsys) -> None:

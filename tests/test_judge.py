@@ -407,6 +407,9 @@ def test_latency_and_storage_of_every_kind_of_method(small, features, tmp_path):
     assert all(row["seconds"] > 0 for row in rows.values())
     assert list(rows) == ["effnet", "tuned-effnet", "d-trak", "abu-plus", "exact"]
     assert rows["effnet"]["storage"] == 4 * IMAGES * 1280 and rows["tuned-effnet"]["storage"] == 4 * IMAGES * 4
+    assert latency.main(["d-trak", "effnet", "--name", "both", "--output", str(output)]) == 2
+    assert latency.main(["d-trak", "--name", "chosen", "--queries", "2", "--output", str(output)]) == 0
+    assert [row["method"] for row in json.loads(output.read_text())["rows"]] == [*rows, "chosen"]
     width = load_store(small, METHODS["d-trak"].stores(0)[0], "training").shape[1]
     assert rows["d-trak"]["storage"] == IMAGES * width * 4
 
