@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmark.service_tables import median_p99
 from fastgda.attributor import Timings
 from fastgda.core import ROOT, command_line, command_parser, environment, save_json
 from fastgda.flags import add_flags, device, from_flags
@@ -112,13 +113,13 @@ def main(argv: list[str] | None = None) -> None:
     )
     ways = run(attributor, config)
     for way, found in ways.items():
-        medians = [f"{name} {row['median_ms']:.2f} ({row['p99_ms']:.2f})" for name, row in found["parts"].items()]
+        medians = [f"{name} {median_p99(row)}" for name, row in found["parts"].items()]
         print(f"{way:<16} {found['per_second']:6.1f} pictures/s; ms, median (p99): {'  '.join(medians)}")
     index = attributor.bundle.index
     report = {
         "images": len(index),
         "dim": index.dim,
-        "factory": max(index.snapshot().segments, key=len).config.factory,
+        "factory": index.snapshot().largest.config.factory,
         "k": config.k,
         "encoder": attributor.bundle.ftype,
         "ways": ways,

@@ -17,9 +17,9 @@ import sys
 from abu.testbed import SPLITS, testbed_from
 from benchmark.retrain import add_judge_flags
 from benchmark.scores import load_scores, score_path
-from benchmark.teacher import OTHERS, TOP, training_candidates
+from benchmark.teacher import rankings_of
 from fastgda.core import command_line, command_parser, require_file, sha256_file, write_manifest
-from fastgda.rankings import from_scores, save_rankings
+from fastgda.rankings import save_rankings
 
 
 @command_line
@@ -34,9 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     for split, path in paths.items():
         require_file(path, f"python -m benchmark.methods {args.name} --split {split}")
     for split, path in paths.items():
-        scores = load_scores(path, testbed, split)
-        scores /= scores.std(1, keepdims=True)
-        rankings = training_candidates(scores, TOP, OTHERS, seed=0) if split == "train" else from_scores(scores)
+        rankings = rankings_of(load_scores(path, testbed, split), split)
         out = testbed.data / f"influence_{args.name}_{split}.npz"
         save_rankings(out, rankings)
         inputs = {"scores": sha256_file(path)}

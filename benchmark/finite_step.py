@@ -20,7 +20,7 @@ from abu.second_order import loss_change_at
 from abu.stages import gradient_inputs, started_passes, step_plan, steps_folder
 from abu.testbed import SPLITS, Testbed, add_testbed_flags, testbed_from
 from abu.unlearn import STEP
-from benchmark.teacher import OTHERS, TOP, measure, training_candidates
+from benchmark.teacher import measure, rankings_of
 from fastgda.core import (
     command_line,
     command_parser,
@@ -34,7 +34,7 @@ from fastgda.core import (
 )
 from fastgda.dataset import default_levels
 from fastgda.metrics import chance
-from fastgda.rankings import from_scores, save_rankings
+from fastgda.rankings import save_rankings
 
 COMMAND = "python -m benchmark.finite_step"
 
@@ -107,9 +107,8 @@ def merge(testbed: Testbed, passes: int, step: float) -> dict:
     start = 0
     for split, count in counts.items():
         part = scores[start : start + count]
-        part = part / part.std(1, keepdims=True)
         start += count
-        rankings = training_candidates(part, TOP, OTHERS, seed=0) if split == "train" else from_scores(part)
+        rankings = rankings_of(part, split)
         path = testbed.data / f"influence_{split}.npz"
         save_rankings(path, rankings)
         row = report["teachers"]["both terms"][-1]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from abu.room import require_disk, require_memory
 from benchmark.index_measure import CALIBRATED_ON, DEPTHS
 from benchmark.memory_limit import limited
 from benchmark.synthetic import Statistics, Synthetic, exact_neighbours
@@ -114,12 +116,6 @@ def build_piece(rows: Synthetic, structure: SegmentConfig, folder: Path, made_fr
     return time.perf_counter() - start
 
 
-def free_memory() -> float:
-    """Bytes that processes can still have, file cache that can be dropped included."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-
-
 def run_piece(config: ScaleConfig, rows: Synthetic, factory: str, truth: Path, made_from: str) -> dict[str, Any]:
     """Builds, measures in a fresh process, and deletes one index."""
     size, dim = rows.shape
@@ -129,14 +125,10 @@ def run_piece(config: ScaleConfig, rows: Synthetic, factory: str, truth: Path, m
     structure = structure_for(config, factory, size, dim)
     piece = {"size": size, "dim": dim, "factory": structure.factory, "structure": asdict(structure)}
     cost = estimate(structure, size, dim, measured_flops())
-    for name, needed, free in (
-        ("memory", max(cost.ram, cost.build_ram), free_memory()),
-        ("disk", cost.disk, shutil.disk_usage(config.work).free),
-    ):
-        if needed > free:
-            return {**piece, "failed": f"needs {needed / 1e9:.1f} GB of {name}, {free / 1e9:.1f} GB are free"}
     piece["estimate"] = asdict(cost)
+    require_disk(config.work, math.ceil(cost.disk))
     try:
+        require_memory(math.ceil(max(cost.ram, cost.build_ram)), structure.factory)
         piece["build_seconds"] = build_piece(rows, structure, folder, made_from)
     except ValueError as error:
         return {**piece, "failed": str(error)}

@@ -10,6 +10,8 @@ from typing import Any
 from benchmark.markdown import markdown
 
 Report = dict[str, Any]
+DEPTHS = ("10", "100", "1000")
+"""Values of k of recall@k that are shown."""
 JUDGED_DEPTH = "100"
 """The k of recall@k by which structures are compared."""
 
@@ -51,8 +53,7 @@ def scale_table(pieces: list[Report]) -> str:
             if reached:
                 shown.append(min(reached, key=lambda found: found[1]["latency_one_client"]["median_ms"]))
         rows += [[f"{size:,} x {dim}", *scale_line(*found)] for found in shown]
-    depths = ("10", "100", "1000")
-    names = ["vectors", "structure", *(f"recall@{depth}" for depth in depths), "ms (p99)", "clients: ms (p99)"]
+    names = ["vectors", "structure", *(f"recall@{depth}" for depth in DEPTHS), "ms (p99)", "clients: ms (p99)"]
     return markdown([*names, "RAM, MB", "disk, MB"], rows, left=2)
 
 
@@ -68,15 +69,15 @@ def reaching(pieces: list[Report], wanted: float) -> Iterator[tuple[Report, Repo
 
 def scale_line(piece: Report, goal: Report) -> list[str]:
     """What a structure reached and took."""
-    recalls = [goal["recall"].get(depth) for depth in ("10", "100", "1000")]
+    recalls = [goal["recall"].get(depth) for depth in DEPTHS]
     one, many = goal["latency_one_client"], goal["latency_many_clients"]
     bounded = piece["peak_bytes"] is not None
     ram = piece["peak_bytes"] if bounded else piece["ram_bytes"]["RssAnon"]
     return [
         piece["factory"] + (" on disk" if piece["structure"]["on_disk"] else ""),
         *("" if found is None else f"{found['mean']:.3f}" for found in recalls),
-        f"{one['median_ms']:.2f} ({one['p99_ms']:.2f})",
-        f"{many['clients']}: {many['median_ms']:.2f} ({many['p99_ms']:.2f})",
+        median_p99(one),
+        f"{many['clients']}: {median_p99(many)}",
         f"{ram / 1e6:,.0f}" + (f" of {piece['limit_gb']:g} GB" if bounded else ""),
         f"{piece['disk_bytes'] / 1e6:,.0f}",
     ]
@@ -88,9 +89,14 @@ def answer_table(ways: Report) -> str:
     rows = [
         [
             way,
-            *(f"{found['parts'][name]['median_ms']:.2f} ({found['parts'][name]['p99_ms']:.2f})" for name in names),
+            *(median_p99(found["parts"][name]) for name in names),
             f"{found['per_second']:.0f}",
         ]
         for way, found in ways.items()
     ]
     return markdown(["", *names, "pictures a second"], rows)
+
+
+def median_p99(times: Report) -> str:
+    """Milliseconds: the median and, in brackets, the 99th percentile."""
+    return f"{times['median_ms']:.2f} ({times['p99_ms']:.2f})"

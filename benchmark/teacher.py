@@ -69,6 +69,14 @@ def training_candidates(scores: np.ndarray, first: int, others: int, seed: int) 
     return Rankings(np.take_along_axis(full.rank, columns, 1), np.take_along_axis(full.score, columns, 1))
 
 
+def rankings_of(scores: np.ndarray, split: str) -> Rankings:
+    """Rankings of a split's queries by scores [Q, N], put in units of each query's spread: of a training query the
+    first and a sample of the rest, of the others all.
+    """
+    scores = scores / scores.std(1, keepdims=True)
+    return training_candidates(scores, TOP, OTHERS, seed=0) if split == "train" else from_scores(scores)
+
+
 def neighbour_candidates(scores: np.ndarray, queries: np.ndarray, images: np.ndarray, count: int) -> Rankings:
     """For each query the `count` images nearest to it (cosine; features [Q, D] and [N, D]), in the teacher's order."""
     nearest = top(normalise(queries) @ normalise(images).T, count)

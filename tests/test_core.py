@@ -178,7 +178,7 @@ def test_no_changed_byte_raises_anything_but_value_error(tmp_path, flip):
 
 
 def test_pickled_arrays_are_refused(tmp_path):
-    np.save(tmp_path / "a.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    np.save(tmp_path / "a.npy", np.array([{"a": 1}], dtype=object))
     np.savez(tmp_path / "a.npz", rank=np.array([{"a": 1}], dtype=object))
     with pytest.raises(ValueError, match=r"a\.npy: expected"):
         core.load_npy(tmp_path / "a.npy")

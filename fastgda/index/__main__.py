@@ -25,7 +25,6 @@ from fastgda.index.calibrate import calibrate
 from fastgda.index.metadata import metadata_bytes
 from fastgda.index.plan import describe, estimate, measured_flops
 from fastgda.index.segment import BuildShards, SegmentConfig, one_by_one
-from fastgda.index.snapshot import Snapshot
 from fastgda.index.source import Source, load_embedding
 from fastgda.index.store import Change, Index
 from fastgda.index.structure_flags import AUTO, add_structure_flags, builder_from, shards_from, structure_from
@@ -143,7 +142,7 @@ def run_rebuild(args: argparse.Namespace) -> None:
     index = Index(args.path, verify=args.verify)
     snapshot = index.snapshot()
     if args.factory is None:
-        kept = _largest(snapshot)
+        kept = snapshot.largest.config
         on_disk = kept.on_disk if args.on_disk is None else args.on_disk
         config = SegmentConfig(kept.factory, args.store or kept.store, on_disk, shards_from(args, kept), args.seed)
     else:
@@ -248,7 +247,7 @@ def _report(args: argparse.Namespace, index: Index, change: Change, verb: str) -
     print(f"{args.path}: {verb} {change.images:,} images")
     if change.advice is not None and args.rebuild:
         print(f"rebuilding   {change.advice}")
-        _rebuild(args, index, _largest(index.snapshot()), one_by_one)
+        _rebuild(args, index, index.snapshot().largest.config, one_by_one)
     else:
         _advise(args.path, change.advice)
 
@@ -260,11 +259,6 @@ def _rebuild(args: argparse.Namespace, index: Index, config: SegmentConfig, buil
     _advise(args.path, change.advice)
     if measured:
         print("run calibrate again: what was measured was the replaced structure")
-
-
-def _largest(snapshot: Snapshot) -> SegmentConfig:
-    """What the largest segment was built as."""
-    return max(snapshot.segments, key=len).config
 
 
 def _advise(path: Path, advice: str | None) -> None:

@@ -67,6 +67,11 @@ class Snapshot:
         return self.segments[0].structure.dim
 
     @property
+    def largest(self) -> Segment:
+        """The segment with most rows, whose structure others are built like."""
+        return max(self.segments, key=len)
+
+    @property
     def total(self) -> int:
         """Rows stored, removed ones included."""
         return sum(map(len, self.segments))

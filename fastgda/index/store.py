@@ -145,7 +145,7 @@ class Index:
             removed = np.isin(source.ids, snapshot.state.removed)
             _refuse(source.ids, removed, "ids that were never removed", "removed before; ids are not given out twice")
             _refuse(source.ids, snapshot.contains(source.ids), "new ids", "already in the index")
-            largest = max(snapshot.segments, key=len)
+            largest = snapshot.largest
             trained = largest.folder / TRAINED
             given = trained if trained.is_file() and len(source) > EXACT_ADDITION else None
             shards = math.ceil(len(source) / len(largest) * largest.config.shards)
