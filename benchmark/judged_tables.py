@@ -39,8 +39,8 @@ def lds_study_table(studies: list[Report]) -> str:
     return markdown(["choice", "variant", "LDS"], rows, left=2)
 
 
-def judged_parts(reports: dict[str, Report], studies: list[Report]) -> list[str]:
-    """Paragraphs and tables of what retraining says of the methods, of the reports that there are."""
+def removal_parts(reports: dict[str, Report]) -> list[str]:
+    """Table 1 and the comparison of rankers with their features and teachers, if there is a report of removals."""
     parts = []
     if "removal" in reports:
         removal = reports["removal"]
@@ -57,6 +57,12 @@ def judged_parts(reports: dict[str, Report], studies: list[Report]) -> list[str]
                 "The same query by query, ΔL of a ranker over that of its untuned feature and of teachers:",
                 pairs,
             ]
+    return parts
+
+
+def judged_parts(reports: dict[str, Report], studies: list[Report]) -> list[str]:
+    """Paragraphs and tables of what else retraining says of the methods, of the reports that there are."""
+    parts = []
     if "lds" in reports:
         lds = reports["lds"]
         truth = "the mean of two trainings of each" if lds["truth"] == "both" else "one training of each"

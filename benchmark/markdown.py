@@ -17,3 +17,8 @@ def number(value: float, error: float | None = None) -> str:
 def interval(value: float, bounds: list[float], digits: int = 3) -> str:
     """A number with its bootstrap interval."""
     return f"{value:.{digits}f} [{bounds[0]:.{digits}f}, {bounds[1]:.{digits}f}]"
+
+
+def folded(title: str, parts: list[str]) -> list[str]:
+    """Paragraphs and tables that a reader of the page opens by a click on `title`; none if there are none."""
+    return [f"<details>\n<summary>{title}</summary>", *parts, "</details>"] if parts else []

@@ -13,8 +13,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmark.judged_tables import judged_parts, read_lds_studies
-from benchmark.markdown import markdown, number
+from benchmark.judged_tables import judged_parts, read_lds_studies, removal_parts
+from benchmark.markdown import folded, markdown, number
 from benchmark.service_tables import service_parts
 from benchmark.studies import LABELS, STUDIES
 from benchmark.table1 import read_reports
@@ -215,6 +215,58 @@ def study_parts(results: Path) -> list[str]:
     return parts
 
 
+def teacher_parts(results: Path) -> list[str]:
+    """What was measured of the amortised scores beside the exact ones."""
+    parts = []
+    if (results / "teacher/exact.json").is_file():
+        exact = read(results, "teacher/exact.json")
+        parts += [
+            f"Amortised AbU+ (all queries in one pass) against the exact loss change after unlearning, on "
+            f"{exact['config']['queries']} test queries and the whole training set, the same draws on both sides "
+            "(`python -m benchmark.exact`):",
+            exact_table(exact),
+        ]
+    if (results / "speed/amortised_emoji.json").is_file():
+        images = read(results, "ranker/features.json")["images"]
+        first, second = (read(results, f"speed/{name}_emoji.json") for name in ("amortised", "second_order"))
+        parts += [
+            f"Time of the exact form and of the amortised one, first and second order, for all {images:,} "
+            f"images with 20 draws each on {first['threads']} cores, gradients of the queries included "
+            f"(`python -m benchmark.amortised_speed`; {first['images_timed']:,} and {second['images_timed']:,} images "
+            "timed, the exact form linear in queries beyond 4):",
+            amortised_table(first, second),
+        ]
+    if (results / "speed/amortised_coco.json").is_file():
+        scale = read(results, "speed/amortised_coco.json")["paper_scale"]
+        parts += [
+            f"The paper's collection on MSCOCO ({scale['images']:,} images × {scale['views']} views × "
+            f"{scale['queries']:,} queries, 20 timesteps × 5 captions) on those cores, from the measured cost of a few "
+            "dozen images on the released model's shapes, first order (`--architecture coco`; its JSON lists the "
+            "assumptions). Both need the queries' gradients:",
+            scale_table(scale),
+        ]
+    return parts
+
+
+def speed_parts(results: Path) -> list[str]:
+    """What was measured of the speed of everything but teacher and search, and of `--dry_run`."""
+    parts = []
+    peers = [f"{name}.json" for name in ("teacher/factors", "speed/exact_sweep", "speed/metric")]
+    if all((results / name).is_file() for name in peers):
+        parts += [
+            "Beside others' code and a plain loop (`python -m benchmark.factors`, `benchmark.exact_sweep`, "
+            "`benchmark.metric_speed`):",
+            peers_table(*(read(results, name) for name in peers)),
+        ]
+    parts += training_parts(results)
+    if (results / "speed/forecast.json").is_file():
+        parts += [
+            "What `--dry_run` predicts, against what the collection then took (`python -m benchmark.forecast`):",
+            forecast_table(read(results, "speed/forecast.json")),
+        ]
+    return parts
+
+
 def training_parts(results: Path) -> list[str]:
     """What was measured of the speed of training the ranker and of extracting features, and of half precision."""
     parts = []
@@ -283,48 +335,14 @@ def results_block(results: Path) -> str:
             evaluation_table(read(results, "ranker/recipes.json"), recipe_name),
             evaluation_table(read(results, "ranker/recipes_plain.json"), recipe_name),
         ]
-    parts += study_parts(results)
-    if (results / "teacher/exact.json").is_file():
-        exact = read(results, "teacher/exact.json")
-        parts += [
-            f"Amortised AbU+ (all queries in one pass) against the exact loss change after unlearning, on "
-            f"{exact['config']['queries']} test queries and the whole training set, the same draws on both sides "
-            "(`python -m benchmark.exact`):",
-            exact_table(exact),
-        ]
-    if (results / "speed/amortised_emoji.json").is_file():
-        first, second = (read(results, f"speed/{name}_emoji.json") for name in ("amortised", "second_order"))
-        parts += [
-            f"Time of the exact form and of the amortised one, first and second order, for all {features['images']:,} "
-            f"images with 20 draws each on {first['threads']} cores, gradients of the queries included "
-            f"(`python -m benchmark.amortised_speed`; {first['images_timed']:,} and {second['images_timed']:,} images "
-            "timed, the exact form linear in queries beyond 4):",
-            amortised_table(first, second),
-        ]
-    if (results / "speed/amortised_coco.json").is_file():
-        scale = read(results, "speed/amortised_coco.json")["paper_scale"]
-        parts += [
-            f"The paper's collection on MSCOCO ({scale['images']:,} images × {scale['views']} views × "
-            f"{scale['queries']:,} queries, 20 timesteps × 5 captions) on those cores, from the measured cost of a few "
-            "dozen images on the released model's shapes, first order (`--architecture coco`; its JSON lists the "
-            "assumptions). Both need the queries' gradients:",
-            scale_table(scale),
-        ]
-    peers = [f"{name}.json" for name in ("teacher/factors", "speed/exact_sweep", "speed/metric")]
-    if all((results / name).is_file() for name in peers):
-        parts += [
-            "Beside others' code and a plain loop (`python -m benchmark.factors`, `benchmark.exact_sweep`, "
-            "`benchmark.metric_speed`):",
-            peers_table(*(read(results, name) for name in peers)),
-        ]
-    parts += training_parts(results)
-    if (results / "speed/forecast.json").is_file():
-        parts += [
-            "What `--dry_run` predicts, against what the collection then took (`python -m benchmark.forecast`):",
-            forecast_table(read(results, "speed/forecast.json")),
-        ]
-    studies = read_lds_studies(results)
-    return "\n\n".join(parts + judged_parts(read_reports(results), studies) + service_parts(results))
+    reports = read_reports(results)
+    parts += removal_parts(reports) + service_parts(results)
+    parts += folded("The paper's studies: features, losses, outliers, queries, candidates", study_parts(results))
+    parts += folded("The amortised teacher against the exact one: agreement and time", teacher_parts(results))
+    parts += folded("How fast the rest is, and how well it is forecast", speed_parts(results))
+    judged = judged_parts(reports, read_lds_studies(results))
+    parts += folded("All methods by retraining: LDS, creators, calibration, K-NN; the teacher's choices", judged)
+    return "\n\n".join(parts)
 
 
 def with_results(readme: str, block: str) -> str:

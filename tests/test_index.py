@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,7 +17,7 @@ from index_world import IDS, N, build, creator, exhaustive, metadata, queries, v
 
 from fastgda.core import save_npy
 from fastgda.index import FlatIndex, Index, SegmentConfig, Settings, Source, load_embedding, recommend
-from fastgda.index.backend import GRAPH_COST, Structure
+from fastgda.index.backend import COMPARISON_COST, GRAPH_COST, Structure
 from fastgda.index.metadata import MetadataTable, write_metadata
 from fastgda.index.plan import estimate
 from fastgda.index.segment import INDEX, VECTORS, training_rows
@@ -355,9 +356,10 @@ def test_recommendation_for_a_latency(images: int, gigabytes: float, millisecond
     [
         ("Flat", 2 * 64),
         ("IVF16,SQ8", 2 * 16 * 64 + 2 * 64),
-        ("IVF16,PQ8", 2 * 16 * 64 + 2 * 256 * 64),
-        ("IVF16,PQ8x4fs", 2 * 16 * 64 + 2 * 16 * 64),
-        ("OPQ8_32,IVF16,PQ8", 2 * 64 * 32 + 2 * 16 * 32 + 2 * 256 * 32),
+        ("IVF16,PQ2", 2 * 16 * 64 + 2 * 256 * 64),
+        ("IVF16,PQ8", 2 * 16 * 64 + COMPARISON_COST * 256 * 8),
+        ("IVF16,PQ8x4fs", 2 * 16 * 64 + COMPARISON_COST * 16 * 8),
+        ("OPQ8_32,IVF16,PQ8", 2 * 64 * 32 + 2 * 16 * 32 + COMPARISON_COST * 256 * 8),
         ("HNSW8,SQ8", GRAPH_COST * 2 * 64 * 40 * 16),
         ("IVF16_HNSW8,SQ8", GRAPH_COST * 2 * 64 * 16 * 16 + 2 * 64),
     ],
@@ -365,6 +367,34 @@ def test_recommendation_for_a_latency(images: int, gigabytes: float, millisecond
 def test_work_of_adding_a_vector(factory: str, flops: float) -> None:
     assert Structure.create(factory, 64).adding_flops() == flops
     assert estimate(SegmentConfig(factory), 1000, 64, flops=1e3).adding_seconds == pytest.approx(flops)
+
+
+@pytest.mark.parametrize(
+    ("factory", "flops"),
+    [
+        ("Flat", 0),
+        ("IVF16,SQ8", 2 * 10 * 16 * 64),
+        ("IVF16,PQ2", 2 * 10 * 16 * 64 + 25 * 2 * 256 * 64),
+        ("HNSW8_PQ8", 25 * COMPARISON_COST * 256 * 8),
+        (
+            "OPQ8_32,IVF16,PQ8",
+            2 * 10 * 16 * 32 + (25 + 40 + 49 * 4 + 50) * COMPARISON_COST * 256 * 8 + 50 * 4 * 64 * 32,
+        ),
+    ],
+)
+def test_work_of_training_on_a_vector(factory: str, flops: float) -> None:
+    assert Structure.create(factory, 64).training_flops(1000) == pytest.approx(1000 * flops)
+
+
+def test_codes_are_not_annealed_for_a_filter_that_is_not_used(tmp_path: Path) -> None:
+    sample = np.random.default_rng(0).standard_normal((1000, 64), dtype=np.float32)
+    ours, plain = Structure.create("PQ8", 64), faiss.IndexPQ(64, 8, 8, faiss.METRIC_INNER_PRODUCT)
+    plain.do_polysemous_training = False
+    ours.train(sample)
+    plain.train(sample)
+    ours.write(tmp_path / "index")
+    written = faiss.read_index(str(tmp_path / "index"))
+    np.testing.assert_array_equal(*(faiss.vector_to_array(index.pq.centroids) for index in (written, plain)))
 
 
 @pytest.mark.parametrize("factory", ["Flat", "SQ8", "IVF8,SQ8", "HNSW16"])

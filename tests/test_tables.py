@@ -181,7 +181,10 @@ def test_what_was_not_measured_is_not_mentioned(tmp_path):
     base = {"changed_from_the_best_recipe": {"epochs": 12, "hidden_sizes": [384]}, "seeds": 1}
     save_json(tmp_path / "studies/queries.json", study("queries", run_of(75, 0.2), **base))
     save_json(tmp_path / "studies/losses.json", study("losses", run_of("bce", 0.2), run_of("bce", 0.3)))
-    parts = tables.results_block(tmp_path)[len(alone) :].split("\n\n")[1:]
+    found = tables.results_block(tmp_path)[len(alone) :].split("\n\n")[1:]
+    parts = [part for part in found if not part.startswith("<")]
+    assert found[0].startswith("<details>\n<summary>The paper's studies") and found[-1] == "</details>"
+    assert len(found) - len(parts) == 4
     assert parts[0].startswith("The paper's studies")
     assert parts[1] == "Losses, means over 2 seeds:"
     assert parts[3] == "Queries, one seed; the base is the best recipe but for `epochs`, `hidden_sizes`:"

@@ -24,6 +24,9 @@ except ImportError as error:
 
 from fastgda.index.gpu import GPU_LIMIT, Copy, assigning, copied
 
+# as FAISS will have it (facebookresearch/faiss#5109): until then 14,000 x 4 is compared pair by pair, 12 times slower
+faiss.cvar.distance_compute_blas_threshold = 800 * faiss.omp_get_max_threads()
+
 EXACT = "Flat"
 """Factory string whose scores are the inner products themselves, so that nothing is re-ranked."""
 LISTS_FILE = "lists.ivfdata"
@@ -35,6 +38,11 @@ WIDEST_GRAPH = 4096
 """Largest efSearch: beyond it a scan is as good."""
 GRAPH_COST = 4.0
 """A comparison in a graph takes as long as so many of a matrix product."""
+COMPARISON_COST = 40.0
+"""Multiplications and additions that a comparison with a centroid of a codebook counts for at least, however few its
+dimensions."""
+COARSE_ROUNDS, CODEBOOK_ROUNDS = 10, 25
+"""Rounds of k-means for inverted lists and for a product quantiser."""
 TRAINING_PER_LIST = 64
 """Training vectors per inverted list; FAISS warns below 39 and drops what exceeds 256."""
 
@@ -100,6 +108,9 @@ class Structure:
             raise ValueError(
                 f"factory {factory}: expected a FAISS factory string for {dim} dimensions, found: {_reason(error)}"
             ) from error
+        codes = _codes(index)
+        if hasattr(codes, "do_polysemous_training"):
+            codes.do_polysemous_training = False  # two minutes of annealing, for a filter of codes that is not used
         return cls(index)
 
     @property
@@ -129,9 +140,7 @@ class Structure:
 
     def code_bytes(self) -> int:
         """Bytes of one vector in memory: its code, and its row number in an inverted list or its links in a graph."""
-        index = faiss.downcast_index(self._index)
-        if isinstance(index, faiss.IndexPreTransform):
-            index = faiss.downcast_index(index.index)
+        index = _innermost(self._index)
         if self._ivf is not None:
             return self._ivf.code_size + 8
         if isinstance(index, faiss.IndexHNSW):
@@ -142,9 +151,25 @@ class Structure:
         """Bytes of the coarse quantiser."""
         return 0 if self._ivf is None else 4 * self._ivf.nlist * self._ivf.d
 
-    def coarse_flops(self, sample: int) -> float:
-        """Multiplications and additions of training the coarse quantiser on `sample` vectors (10 rounds of k-means)."""
-        return 0.0 if self._ivf is None else 2.0 * 10 * sample * self._ivf.nlist * self._ivf.d
+    def training_flops(self, sample: int) -> float:
+        """Multiplications and additions of training on `sample` vectors.
+
+        k-means of the coarse quantiser on all of them; on at most 65,536 of the product quantiser, and of OPQ, which
+        alternates between a few rounds of the same, encoding, and two matrix products.
+        """
+        if self.is_trained:
+            return 0.0
+        index, few = faiss.downcast_index(self._index), min(sample, TRAINING_FLOOR)
+        work = 0.0 if self._ivf is None else 2.0 * COARSE_ROUNDS * sample * self._ivf.nlist * self._ivf.d
+        quantiser = getattr(_codes(index), "pq", None)
+        if quantiser is not None:
+            work += few * CODEBOOK_ROUNDS * _encoding_flops(quantiser.d, quantiser.M, quantiser.ksub)
+        rotation = _rotation(index)
+        if rotation is not None:
+            rounds = rotation.niter_pq_0 + (rotation.niter - 1) * rotation.niter_pq + rotation.niter
+            work += few * rounds * _encoding_flops(rotation.d_out, rotation.M, 256)
+            work += few * rotation.niter * 4.0 * rotation.d_in * rotation.d_out
+        return work
 
     def adding_flops(self) -> float:
         """Multiplications and additions of adding one vector: transformation, nearest centroid, code; in a graph the
@@ -161,7 +186,7 @@ class Structure:
         graph = isinstance(quantiser, faiss.IndexHNSW)
         work += _graph_flops(quantiser, quantiser.hnsw.efSearch) if graph else 2.0 * index.nlist * index.d
         codes = getattr(index, "pq", None)
-        return work + 2.0 * index.d * (1 if codes is None else codes.ksub)
+        return work + (2.0 * index.d if codes is None else _encoding_flops(codes.d, codes.M, codes.ksub))
 
     def training_size(self, images: int) -> int:
         """Vectors to train on, of `images`; 0 where nothing is trained."""
@@ -180,7 +205,7 @@ class Structure:
         if isinstance(index, faiss.IndexPreTransform):
             width = index.index.d
             few = min(sample, TRAINING_FLOOR)
-            if isinstance(faiss.downcast_VectorTransform(index.chain.at(0)), faiss.OPQMatrix):
+            if _rotation(index) is not None:
                 total = 4.0 * few * (3 * self.dim + 4 * width)
         after = 4.0 * width * (sample * (width != self.dim) + 2 * min(sample, CODE_TRAINING))
         return max(total, after)
@@ -276,6 +301,31 @@ def check_k(k: int, images: int) -> None:
     """`ValueError` unless 1 <= k <= images."""
     if not 1 <= k <= images:
         raise ValueError(f"k = {k}: expected 1 to {images}, the number of images in the index")
+
+
+def _innermost(index: faiss.Index) -> faiss.Index:
+    """The index behind transformations of its vectors."""
+    index = faiss.downcast_index(index)
+    return faiss.downcast_index(index.index) if isinstance(index, faiss.IndexPreTransform) else index
+
+
+def _codes(index: faiss.Index) -> faiss.Index:
+    """The part of `index` that holds the vectors' codes."""
+    inner = _innermost(index)
+    return faiss.downcast_index(inner.storage) if isinstance(inner, faiss.IndexHNSW) else inner
+
+
+def _rotation(index: faiss.Index) -> faiss.OPQMatrix | None:
+    """The learned rotation that `index` begins with, if it does."""
+    if not isinstance(index, faiss.IndexPreTransform):
+        return None
+    first = faiss.downcast_VectorTransform(index.chain.at(0))
+    return first if isinstance(first, faiss.OPQMatrix) else None
+
+
+def _encoding_flops(dim: int, parts: int, centroids: int) -> float:
+    """Of comparing a vector's `parts` with all `centroids` of each."""
+    return centroids * max(2.0 * dim, COMPARISON_COST * parts)
 
 
 def _graph_flops(graph: faiss.IndexHNSW, visited: int) -> float:

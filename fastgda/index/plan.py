@@ -27,10 +27,6 @@ OVERHEAD = 300e6
 """Bytes of a process before it loads an index: Python, torch, FAISS."""
 ID_BYTES = 48
 """Bytes for each image while building: its id, row and place, and the hash by which training vectors are chosen."""
-CODEBOOK_FLOPS = 2.0 * 25 * 256
-"""Operations of k-means for a product quantiser, per training vector and dimension: 25 rounds, 256 centroids."""
-ROTATION_ROUNDS = 50
-"""Alternations of OPQ, each with 4 rounds of k-means and one matrix product."""
 
 
 @dataclass(frozen=True)
@@ -100,18 +96,12 @@ def estimate(config: SegmentConfig, images: int, dim: int, flops: float, metadat
 
     `metadata`: bytes of its files.
 
-    Training: k-means of the coarse quantiser, 10 rounds of n · lists · d multiply-adds; product quantiser, 25 rounds of
-    n · 256 · d; OPQ, 50 alternations with 4 rounds each; n = min(images, max(65,536, 64 · lists)).
+    Training is on min(images, max(65,536, 64 · lists)) vectors.
     """
     structure = Structure.create(config.factory, dim)
     code, stored = structure.code_bytes(), images * dim * np.dtype(config.store).itemsize
     codes = code * images
     sample = structure.training_size(images)
-    work, few = structure.coarse_flops(sample), min(sample, 65_536)
-    if "PQ" in config.factory:
-        work += CODEBOOK_FLOPS * few * dim
-    if "OPQ" in config.factory:
-        work += ROTATION_ROUNDS * few * dim * (2.0 * 4 * 256 + 2.0 * dim)
     shard = codes / config.shards
     parts = codes * (config.shards > 1 or config.on_disk)
     merged = 0.0 if config.on_disk or config.shards == 1 else codes + shard
@@ -122,7 +112,7 @@ def estimate(config: SegmentConfig, images: int, dim: int, flops: float, metadat
         build_ram=OVERHEAD + structure.fixed_bytes() + busiest + ID_BYTES * images,
         disk=stored + codes + parts + 16 * images + 2 * structure.fixed_bytes() + metadata,
         training_vectors=sample,
-        training_seconds=work / flops,
+        training_seconds=structure.training_flops(sample) / flops,
         adding_seconds=images * structure.adding_flops() / flops,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,14 +23,14 @@ class ScatteredRows:
 
     def __init__(self, path: Path, shape: tuple[int, int]) -> None:
         """`ValueError` naming `path` if it holds no array of this shape."""
-        array = load_npy(path, shape, mmap=True, writable=False)
-        assert isinstance(array, np.memmap)
-        with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        rows = load_npy(path, shape, mmap=True, writable=False)
+        assert isinstance(rows, np.memmap)
+        mapped: Any = rows.base
+        assert isinstance(mapped, mmap.mmap)
+        self._rows, self._map = rows, mapped
+        self._first, self._width = rows.offset, rows[0].nbytes
         self._map.madvise(mmap.MADV_RANDOM)
-        self._first, self._width = array.offset, array[0].nbytes
-        self._rows = np.frombuffer(self._map, array.dtype, array.size, array.offset).reshape(shape)
-        self._ahead = array.nbytes >= ASK_AHEAD
+        self._ahead = rows.nbytes >= ASK_AHEAD
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         """float32 [m, D] of `rows` [m]; best in ascending order."""
