@@ -92,7 +92,7 @@ def pairs_table(report: Row) -> str | None:
         first, second, sign = pair["first"], pair["second"], 1
         if second.startswith(f"{TUNED}-"):
             first, second, sign = second, first, -1
-        if first.startswith(f"{TUNED}-") and (first == f"{TUNED}-{second}" or is_teacher(second)):
+        if first.startswith(f"{TUNED}-") and (first.endswith(f"-{second}") or is_teacher(second)):
             bounds = sorted(sign * bound for bound in pair["interval"])
             cell = f"{interval(sign * pair['difference'], bounds, 4)}, {len(pair['queries'])} queries"
             found.setdefault((first, second), {})[pair["K"]] = cell

@@ -17,8 +17,8 @@ SCAN_RATE = 20e9
 """Bytes of float32 vectors a second that exact search compares with one query; two idle cores took 10 to 20 ms for 363
 MB."""
 GRAPH = "HNSW32,SQ8"
-"""Of eight structures of 118,287 x 768 calibrated to recall@100 = 0.99, the fastest: 1.8 ms on two cores that were busy
-with other work (2.4 ms of processor time), where exact search took 48 (14) ms and inverted lists 8 (2.9) or more."""
+"""Of seven structures of 118,287 x 768 calibrated to recall@100 = 0.99 the fastest: 0.82 ms on two cores, where exact
+search took 18 ms and inverted lists 1.3 or more (results/scale/index.json)."""
 LIST_SHARE = 0.8
 """Share of the memory that codes may take; the rest is for queries, re-ranking and the process."""
 GRAPH_LISTS = 65_536
