@@ -90,5 +90,7 @@ def process_group(device: torch.device) -> Iterator[tuple[Group, torch.device]]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield Group(dist.get_rank(), size), device
+        # whoever leaves while gloo's threads still hold tensors of the last exchange may be aborted at its end
+        dist.barrier()
     finally:
         dist.destroy_process_group()

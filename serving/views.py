@@ -94,7 +94,7 @@ def shown(world: World, answer: Answer) -> Shown:
         origin, link = f"test query {answer.query}", urlencode({"query": answer.query})
     elif answer.seed is not None:
         origin, link = f"generated from seed {answer.seed}", urlencode({"prompt": answer.prompt, "seed": answer.seed})
-    shares = html.message("No shares: the teacher's scores of validation queries are missing.")
+    shares = html.message("No shares: none were fitted for this ranker (benchmark.credit; of a bundle, --credit).")
     if world.credit is not None:
         shares = html.message(NO_INFLUENCE)
     if not world.has_creators:

@@ -51,7 +51,7 @@ class World:
     how: dict[str, Any]
     """What makes the answers: see `answer.method`."""
     credit: Credit | None = None
-    """Absent where the teacher's scores of validation queries are."""
+    """Absent where it was not fitted for this ranker."""
     painter: Painter | None = None
     """Absent without the source model."""
     retrained: Retrained | None = None
