@@ -159,12 +159,12 @@ class Structure:
         """
         if self.is_trained:
             return 0.0
-        index, few = faiss.downcast_index(self._index), min(sample, TRAINING_FLOOR)
+        few = min(sample, TRAINING_FLOOR)
         work = 0.0 if self._ivf is None else 2.0 * COARSE_ROUNDS * sample * self._ivf.nlist * self._ivf.d
-        quantiser = getattr(_codes(index), "pq", None)
+        quantiser = getattr(_codes(self._index), "pq", None)
         if quantiser is not None:
             work += few * CODEBOOK_ROUNDS * _encoding_flops(quantiser.d, quantiser.M, quantiser.ksub)
-        rotation = _rotation(index)
+        rotation = _rotation(self._index)
         if rotation is not None:
             rounds = rotation.niter_pq_0 + (rotation.niter - 1) * rotation.niter_pq + rotation.niter
             work += few * rounds * _encoding_flops(rotation.d_out, rotation.M, 256)
@@ -200,13 +200,9 @@ class Structure:
         """
         if self.is_trained or not sample:
             return 0.0
-        index = faiss.downcast_index(self._index)
-        width, total = self.dim, 0.0
-        if isinstance(index, faiss.IndexPreTransform):
-            width = index.index.d
-            few = min(sample, TRAINING_FLOOR)
-            if _rotation(index) is not None:
-                total = 4.0 * few * (3 * self.dim + 4 * width)
+        width, total = _innermost(self._index).d, 0.0
+        if _rotation(self._index) is not None:
+            total = 4.0 * min(sample, TRAINING_FLOOR) * (3 * self.dim + 4 * width)
         after = 4.0 * width * (sample * (width != self.dim) + 2 * min(sample, CODE_TRAINING))
         return max(total, after)
 
@@ -317,6 +313,7 @@ def _codes(index: faiss.Index) -> faiss.Index:
 
 def _rotation(index: faiss.Index) -> faiss.OPQMatrix | None:
     """The learned rotation that `index` begins with, if it does."""
+    index = faiss.downcast_index(index)
     if not isinstance(index, faiss.IndexPreTransform):
         return None
     first = faiss.downcast_VectorTransform(index.chain.at(0))
