@@ -40,7 +40,9 @@ def measure(folder: Path, work: Path, config: dict[str, Any]) -> dict[str, Any]:
     before = memory()
     index = Index(folder, verify=False)
     k = min(config["k"], len(index))
-    goals = [measure_goal(index, queries, truth, few, k, wanted, config["clients"]) for wanted in config["goals"]]
+    # of the vectors as they are stored, which may be rounded
+    nearest = index.snapshot().exact(queries[:few], k).ids
+    goals = [measure_goal(index, queries, truth, nearest, wanted, config["clients"]) for wanted in config["goals"]]
     used = memory()
     return {
         "goals": goals,
@@ -50,11 +52,15 @@ def measure(folder: Path, work: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure_goal(
-    index: Index, queries: np.ndarray, truth: np.ndarray, few: int, k: int, wanted: float, clients: int
+    index: Index, queries: np.ndarray, truth: np.ndarray, nearest: np.ndarray, wanted: float, clients: int
 ) -> dict[str, Any]:
-    """Recall at every depth and latencies, calibrated to recall@k `wanted` on the first `few` queries."""
+    """Recall at every depth and latencies, calibrated to recall@k `wanted` on the first n queries.
+
+    `nearest` [n, k] are their exact neighbours among the stored vectors.
+    """
+    few, k = nearest.shape
     try:
-        calibration = calibrate(index, queries[:few], k, wanted)
+        calibration = calibrate(index, queries[:few], k, wanted, nearest)
     except ValueError as error:
         return {"wanted": wanted, "failed": str(error)}
     asked, expected = queries[few:], truth[few:]

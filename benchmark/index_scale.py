@@ -22,14 +22,14 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from abu.room import require_disk, require_memory
 from benchmark.index_measure import CALIBRATED_ON, DEPTHS
 from benchmark.memory_limit import limited
-from benchmark.synthetic import Statistics, Synthetic, exact_neighbours
+from benchmark.synthetic import Statistics, Synthetic, exact_neighbours, keep
 from fastgda.core import (
     ROOT,
     command_line,
@@ -42,7 +42,8 @@ from fastgda.core import (
 )
 from fastgda.flags import add_flags, from_flags
 from fastgda.index import Index, SegmentConfig, Source, recommend
-from fastgda.index.plan import duration, estimate, measured_flops
+from fastgda.index.plan import duration, estimate, measured_flops, usual_lists
+from fastgda.index.source import NpyRows
 from fastgda.ranker import load_ranker
 
 FACTORIES = (
@@ -89,7 +90,7 @@ class ScaleConfig:
     limit_gb: float = 0.0
     """Memory that the measured process may have, page cache included, in GB; 0: all. Needs root (control groups)."""
     work: Path = ROOT / "runs" / "scale"
-    """Folder of pieces and of the index under construction."""
+    """Folder of pieces, of the vectors and of the index under construction."""
     output: Path = ROOT / "results" / "scale" / "index.json"
     """The report."""
 
@@ -102,13 +103,16 @@ def structure_for(config: ScaleConfig, factory: str, size: int, dim: int) -> Seg
     """What `factory` stands for at this size."""
     if factory == "auto":
         return recommend(size, dim, config.memory_gb * 1e9).config
-    lists = 2 ** max(2, round(np.log2(4 * np.sqrt(size))))
-    store: Any = "float32" if size <= 1_000_000 else "float16"
     on_disk = config.on_disk and "IVF" in factory and "fs" not in factory
-    return SegmentConfig(factory.format(lists=lists), store, on_disk)
+    return SegmentConfig(factory.format(lists=usual_lists(size)), stored_as(size), on_disk)
 
 
-def build_piece(rows: Synthetic, structure: SegmentConfig, folder: Path, made_from: str) -> float:
+def stored_as(size: int) -> Literal["float16", "float32"]:
+    """The numbers of stored vectors, of the index and of the rows that it is built from."""
+    return "float32" if size <= 1_000_000 else "float16"
+
+
+def build_piece(rows: NpyRows, structure: SegmentConfig, folder: Path, made_from: str) -> float:
     """Builds the index in `folder`; seconds taken."""
     start = time.perf_counter()
     source = Source([rows], inputs={"embedding": made_from})
@@ -116,7 +120,7 @@ def build_piece(rows: Synthetic, structure: SegmentConfig, folder: Path, made_fr
     return time.perf_counter() - start
 
 
-def run_piece(config: ScaleConfig, rows: Synthetic, factory: str, truth: Path, made_from: str) -> dict[str, Any]:
+def run_piece(config: ScaleConfig, rows: NpyRows, factory: str, truth: Path, made_from: str) -> dict[str, Any]:
     """Builds, measures in a fresh process, and deletes one index."""
     size, dim = rows.shape
     folder = config.work / "index"
@@ -174,6 +178,10 @@ class Plan:
         """The file of queries and their exact neighbours."""
         return self.config.work / f"truth_{size}x{dim}_{self.made_from[:8]}_{self.count}.npz"
 
+    def rows(self, size: int, dim: int) -> Path:
+        """The file of vectors while their indexes are built."""
+        return self.config.work / f"rows_{size}x{dim}_{self.made_from[:8]}.npy"
+
     def piece(self, size: int, dim: int, factory: str) -> tuple[Path, dict[str, Any]]:
         """(file of a measured index, what it depends on)."""
         config = self.config
@@ -210,17 +218,18 @@ def run(plan: Plan, embedding: np.ndarray, asked: np.ndarray) -> dict[str, Any]:
     for dim in config.dims:
         statistics = Statistics.of(embedding, asked, dim)
         for size in config.sizes:
-            rows, truth = Synthetic(statistics, size), plan.truth(size, dim)
+            rows, truth, kept = Synthetic(statistics, size), plan.truth(size, dim), plan.rows(size, dim)
             if not truth.is_file():
                 queries = rows.queries(plan.count)
                 save_npz(truth, queries=queries, truth=exact_neighbours(rows, queries, min(max(DEPTHS), size)))
             for factory in config.factories:
                 path, key = plan.piece(size, dim, factory)
                 if not path.is_file():
-                    found = run_piece(config, rows, factory, truth, plan.made_from)
+                    found = run_piece(config, keep(rows, kept, stored_as(size)), factory, truth, plan.made_from)
                     save_json(path, {"key": key, "piece": found})
                 pieces.append(json.loads(path.read_text())["piece"])
                 print(summary(pieces[-1]), flush=True)
+            kept.unlink(missing_ok=True)
     return {"config": asdict(config), "inputs": plan.inputs, "pieces": pieces, "environment": environment()}
 
 

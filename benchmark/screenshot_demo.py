@@ -1,9 +1,10 @@
-"""Takes the README's screenshot of a running demo, in headless Chromium.
+"""Takes the README's screenshots of a running demo, in headless Chromium.
 
 python demo.py &
 python -m benchmark.screenshot_demo --url http://127.0.0.1:7860 --show "query=0" --out results/demo.png
 python -m benchmark.screenshot_demo --show "prompt=red heart, noto style&seed=7" --width 390 --height 844 --dark \\
     --out results/demo_phone.png
+python -m benchmark.screenshot_demo --at "#judged" --height 640 --out results/demo_retrained.png
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ class ScreenshotConfig:
     """Address of the running demo."""
     show: str = "query=0"
     """Parameters of the answer's permalink: query=3, or prompt=red heart&seed=7."""
+    at: str = ""
+    """CSS selector of the part of the page to scroll to; empty: the top."""
     out: Path = ROOT / "results" / "demo.png"
     """File to write."""
     width: int = 1400
@@ -71,6 +74,8 @@ def screenshot(config: ScreenshotConfig) -> None:
         try:
             page.goto(f"{config.url.rstrip('/')}/?{config.show}")
             page.wait_for_selector("#tuned img, #status [role=alert]")
+            if config.at:
+                page.locator(config.at).first.evaluate("part => part.scrollIntoView()")
             mistakes = page.locator("#status [role=alert]").all_inner_texts()
         except Error as error:
             reason = str(error).splitlines()[0]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmark.markdown import markdown
+from fastgda.index.plan import duration
 
 Report = dict[str, Any]
 DEPTHS = ("10", "100", "1000")
@@ -29,6 +30,15 @@ def service_parts(results: Path) -> list[str]:
             "measured; one client, median and 99th percentile; RAM without mapped files, or all of it where it was "
             "bounded:",
             scale_table(report["pieces"]),
+        ]
+    if (results / "scale/projection.json").is_file():
+        report = json.loads((results / "scale/projection.json").read_text())
+        parts += [
+            f"An index of {report['config']['images']:,} images, projected from these (`python -m "
+            f"benchmark.index_projection`), at recall@k = {report['config']['wanted']:g}, assuming that "
+            + "; ".join(report["assumptions"])
+            + ":",
+            projection_table(report["projections"]),
         ]
     if (results / "latency/answer.json").is_file():
         report = json.loads((results / "latency/answer.json").read_text())
@@ -81,6 +91,27 @@ def scale_line(piece: Report, goal: Report) -> list[str]:
         f"{ram / 1e6:,.0f}" + (f" of {piece['limit_gb']:g} GB" if bounded else ""),
         f"{piece['disk_bytes'] / 1e6:,.0f}",
     ]
+
+
+def projection_table(projections: list[Report]) -> str:
+    """One line for each width and memory budget."""
+    rows = [
+        [
+            f"{found['dim']}",
+            f"{found['memory_gb']:g} GB",
+            found["structure"]["factory"] + (" on disk" if found["structure"]["on_disk"] else ""),
+            f"{found['ram_bytes'] / 1e9:.1f}",
+            f"{found['disk_bytes'] / 1e9:,.0f}",
+            f"{duration(found['training_seconds'])}, {duration(found['adding_seconds'])}",
+            f"{found['nprobe']:,} of {found['visited'] / found['nprobe']:,.0f}",
+            f"{found['depth']:,.0f}",
+            f"{found['milliseconds_computing']:.1f}",
+            f"{found['milliseconds_reading']:.1f}",
+        ]
+        for found in projections
+    ]
+    names = ["numbers", "memory", "structure", "RAM, GB", "disk, GB", "training, adding", "lists of codes", "re-ranked"]
+    return markdown([*names, "computing, ms", "reading, ms"], rows, left=3)
 
 
 def answer_table(ways: Report) -> str:

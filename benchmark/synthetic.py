@@ -9,13 +9,17 @@ vector is that of the given query file.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
+from numpy.lib.format import open_memmap
 from tqdm import tqdm
 
+from abu.room import require_disk
+from fastgda.core import atomic_path
 from fastgda.dataset import normalise
 from fastgda.index import FlatIndex
-from fastgda.index.source import BLOCK
+from fastgda.index.source import BLOCK, NpyRows
 
 SPREAD_ROWS = 4096
 """Rows of the embedding from which the covariance about nearest neighbours is estimated."""
@@ -94,8 +98,20 @@ class Synthetic:
         return normalise(rows + np.float32(scale) * noise)
 
 
+def keep(rows: Synthetic, path: Path, dtype: str) -> NpyRows:
+    """The rows as a file of `dtype`, written unless it is there: to read them is several times faster than to draw."""
+    if not path.is_file():
+        require_disk(path.parent, rows.size * rows.shape[1] * np.dtype(dtype).itemsize)
+        with atomic_path(path) as temporary:
+            out = open_memmap(temporary, mode="w+", dtype=np.dtype(dtype), shape=rows.shape)
+            for start in tqdm(range(0, rows.size, BLOCK), desc="drawing", unit="block"):
+                out[start : start + BLOCK] = rows[start : start + BLOCK]
+            out.flush()
+    return NpyRows(path)
+
+
 def exact_neighbours(rows: Synthetic, queries: np.ndarray, k: int) -> np.ndarray:
-    """[Q, k] ids of the exact neighbours, block by block."""
+    """[Q, k] ids of the exact neighbours, nearest first, block by block."""
     ids, scores = np.empty((len(queries), 0), dtype=np.int64), np.empty((len(queries), 0), dtype=np.float32)
     for start in tqdm(range(0, rows.size, BLOCK), desc="exact search", unit="block"):
         block = rows[start : start + BLOCK]
@@ -103,6 +119,7 @@ def exact_neighbours(rows: Synthetic, queries: np.ndarray, k: int) -> np.ndarray
         ids = np.concatenate(
             [ids, np.broadcast_to(np.arange(start, start + len(block)), (len(queries), len(block)))], 1
         )
-        best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        ids, scores = np.take_along_axis(ids, best, 1), np.take_along_axis(scores, best, 1)
-    return ids
+        if scores.shape[1] > k:
+            best = np.argpartition(-scores, k - 1, axis=1)[:, :k]
+            ids, scores = np.take_along_axis(ids, best, 1), np.take_along_axis(scores, best, 1)
+    return np.take_along_axis(ids, np.argsort(-scores, axis=1, kind="stable"), 1)

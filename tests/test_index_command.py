@@ -39,19 +39,23 @@ def test_places_say_what_a_search_of_each_depth_finds(tmp_path: Path) -> None:
 @pytest.mark.parametrize("wanted", [0.5, 0.95, 1.0])
 def test_calibration_reaches_the_recall_asked_for(tmp_path: Path, wanted: float) -> None:
     index = build(tmp_path / "x", LOSSY)
-    settings = choose(index.snapshot(), queries(), 5, wanted)
     exact = FlatIndex.build(vectors(), IDS).search(queries(), 5).ids
+    settings = choose(index.snapshot(), queries(), exact, wanted)
     assert recall(index.search(queries(), 5, settings).ids, exact).mean() >= wanted
     found = calibrate(index, queries(), 5, wanted)
     assert Index(tmp_path / "x").snapshot().settings == Settings(found["nprobe"], found["depth"], 5)
     judged = recall(index.search(queries()[1::2], 5).ids, exact[1::2])
     assert found["recall"] == pytest.approx(judged.mean())
     assert (found["queries_chosen_on"], found["queries_judged_on"]) == (6, 6)
+    assert calibrate(index, queries(), 5, wanted, exact) | {"made": ""} == found | {"made": ""}
+    with pytest.raises(ValueError, match=r"truth: expected shape \(12, 5\), found \(12, 4\)"):
+        calibrate(index, queries(), 5, wanted, exact[:, :4])
 
 
 def test_more_recall_costs_more(tmp_path: Path) -> None:
     snapshot = build(tmp_path / "x", LOSSY).snapshot()
-    cheap, dear = (choose(snapshot, queries(), 5, wanted) for wanted in (0.3, 1.0))
+    exact = FlatIndex.build(vectors(), IDS).search(queries(), 5).ids
+    cheap, dear = (choose(snapshot, queries(), exact, wanted) for wanted in (0.3, 1.0))
     assert (cheap.nprobe, cheap.depth) < (dear.nprobe, dear.depth)
     with pytest.raises(ValueError, match="expected at least 4, found 3"):
         calibrate(Index(tmp_path / "x"), queries()[:3], 5, 0.9)

@@ -18,6 +18,7 @@ from benchmark.synthetic import Statistics, Synthetic, exact_neighbours
 from fastgda.core import save_npy
 from fastgda.dataset import normalise
 from fastgda.index import FlatIndex
+from fastgda.index.source import NpyRows
 from fastgda.ranker import Ranker, RankerConfig, save_ranker
 
 
@@ -62,7 +63,7 @@ def test_a_cut_off_run_goes_on(
     factories = ["--factories", "Flat", "IVF{lists},SQ8"]
     run_piece, done = index_scale.run_piece, list[str]()
 
-    def once(config: index_scale.ScaleConfig, rows: Synthetic, factory: str, *rest: Any) -> dict:
+    def once(config: index_scale.ScaleConfig, rows: NpyRows, factory: str, *rest: Any) -> dict:
         if done:
             raise KeyboardInterrupt
         done.append(factory)
@@ -83,7 +84,8 @@ def test_a_cut_off_run_goes_on(
     breadths = [goal["calibration"]["nprobe"] for goal in lists["goals"]]
     assert breadths == sorted(breadths) and lists["goals"][1]["recall"]["10"]["mean"] > 0.8
     assert {"python", "processor", "packages"} <= report["environment"].keys()
-    assert not (tmp_path / "work" / "index").exists()
+    left = sorted(path.suffix for path in (tmp_path / "work").iterdir())
+    assert left == [".json", ".json", ".npz"], "neither index nor vectors"
     done.clear()
     assert main([*run, "--sizes", "300", "--factories", "Flat"]) == 0
     sizes = [piece["size"] for piece in json.loads((tmp_path / "out.json").read_text())["pieces"]]

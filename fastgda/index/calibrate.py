@@ -31,12 +31,15 @@ def recall(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
     return np.array([np.isin(wanted, row).mean() for wanted, row in zip(truth, found, strict=True)])
 
 
-def calibrate(index: Index, queries: np.ndarray, k: int, wanted: float) -> dict[str, Any]:
+def calibrate(
+    index: Index, queries: np.ndarray, k: int, wanted: float, truth: np.ndarray | None = None
+) -> dict[str, Any]:
     """The cheapest settings whose recall@k reaches `wanted` on half of `queries` [Q, D]; kept in the index's manifest.
 
     One standard error below the mean must reach `wanted`, so that the other half does too more often than not. Cost is
-    bytes read: codes of the lists visited, and `RANDOM_READ` times the stored vectors of the candidates. Returns the
-    settings with the recall on the other half and its standard error. Raises `ValueError` if no settings suffice.
+    bytes read: codes of the lists visited, and `RANDOM_READ` times the stored vectors of the candidates. `truth` [Q, k]
+    are the ids that `Snapshot.exact` finds, where they are known already. Returns the settings with the recall on the
+    other half and its standard error. Raises `ValueError` if no settings suffice.
     """
     snapshot = index.snapshot()
     vectors = as_vectors("queries", queries, snapshot.dim)
@@ -45,16 +48,20 @@ def calibrate(index: Index, queries: np.ndarray, k: int, wanted: float) -> dict[
         raise ValueError(f"queries: expected at least 4, found {len(vectors)}")
     if not 0 < wanted <= 1:
         raise ValueError(f"recall {wanted}: expected a share above 0, up to 1")
-    choosing, judging = vectors[::2], vectors[1::2]
-    settings = choose(snapshot, choosing, k, wanted)
-    measured = recall(snapshot.search(judging, k, settings).ids, snapshot.exact(judging, k).ids)
+    if truth is None:
+        truth = snapshot.exact(vectors, k).ids
+    if truth.shape != (len(vectors), k):
+        raise ValueError(f"truth: expected shape {(len(vectors), k)}, found {truth.shape}")
+    choosing, judging = slice(0, None, 2), slice(1, None, 2)
+    settings = choose(snapshot, vectors[choosing], truth[choosing], wanted)
+    measured = recall(snapshot.search(vectors[judging], k, settings).ids, truth[judging])
     calibration = {
         **asdict(settings),
         "wanted": wanted,
         "recall": float(measured.mean()),
         "standard_error": _standard_error(measured),
-        "queries_chosen_on": len(choosing),
-        "queries_judged_on": len(judging),
+        "queries_chosen_on": len(vectors[choosing]),
+        "queries_judged_on": len(measured),
         "images": snapshot.live,
         "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
@@ -62,9 +69,12 @@ def calibrate(index: Index, queries: np.ndarray, k: int, wanted: float) -> dict[
     return calibration
 
 
-def choose(snapshot: Snapshot, queries: np.ndarray, k: int, wanted: float) -> Settings:
-    """The cheapest settings that reach `wanted` on `queries`; `ValueError` with the best recall if none does."""
-    truth = snapshot.exact(queries, k).ids
+def choose(snapshot: Snapshot, queries: np.ndarray, truth: np.ndarray, wanted: float) -> Settings:
+    """The cheapest settings that reach the recall `wanted` of the exact neighbours `truth` [Q, k] of `queries` [Q, D].
+
+    Raises `ValueError` with the best recall if no settings do.
+    """
+    k = truth.shape[1]
     depths = sorted({min(snapshot.live, max(k, round(factor * k))) for factor in DEPTHS})
     best, sufficient = 0.0, list[tuple[float, int, int]]()
 

@@ -91,6 +91,11 @@ def recommend(images: int, dim: int, memory_budget: float, latency: float | None
     return _compressed(images, dim, room)
 
 
+def usual_lists(images: int) -> int:
+    """Inverted lists for so many images: a power of two, about 4 sqrt(images)."""
+    return 2 ** min(20, max(4, round(math.log2(4 * math.sqrt(images)))))
+
+
 def estimate(config: SegmentConfig, images: int, dim: int, flops: float, metadata: float = 0.0) -> Estimate:
     """What `config` costs for `images` vectors of `dim` numbers on a machine of `flops` operations a second.
 
@@ -146,7 +151,7 @@ def describe(config: SegmentConfig, images: int, dim: int, cost: Estimate) -> st
 
 def _compressed(images: int, dim: int, room: float) -> Recommendation:
     """OPQ, inverted lists and product quantiser, as fine as memory allows, else with the lists on disk."""
-    lists = 2 ** min(20, max(4, round(math.log2(4 * math.sqrt(images)))))
+    lists = usual_lists(images)
     quantiser = f"IVF{lists}_HNSW32" if lists >= GRAPH_LISTS else f"IVF{lists}"
     sizes = [size for size in (64, 48, 32, 16, 8, 4, 2, 1) if size <= max(1, dim // 4)]
     kept = [size for size in sizes if 2 * size >= sizes[0]]
