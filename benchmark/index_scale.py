@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -139,9 +140,13 @@ def run_piece(config: ScaleConfig, rows: NpyRows, factory: str, truth: Path, mad
     options = json.dumps({"k": config.k, "goals": config.goals, "clients": config.clients})
     command = [sys.executable, "-m", "benchmark.index_measure", str(folder), str(truth), options]
     with limited(config.limit_gb) as group:
-        done = subprocess.run([*group.prefix, *command], cwd=ROOT, stdout=subprocess.PIPE, check=True)
+        done = subprocess.run([*group.prefix, *command], cwd=ROOT, stdout=subprocess.PIPE)
         peak = group.peak()
     shutil.rmtree(folder)
+    if config.limit_gb and done.returncode == -signal.SIGKILL:
+        failed = f"expected to need at most {config.limit_gb:g} GB, found that it was killed for more"
+        return {**piece, "failed": failed, "limit_gb": config.limit_gb}
+    done.check_returncode()
     return {**piece, **json.loads(done.stdout), "limit_gb": config.limit_gb, "peak_bytes": peak}
 
 

@@ -91,6 +91,14 @@ def test_thorough_search_equals_flat_search(tmp_path: Path, factory: str, on_dis
     assert not list((tmp_path / "index").rglob("shard_*")), "shards are deleted once they are merged"
 
 
+def test_many_queries_are_searched_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = build(tmp_path / "index", SegmentConfig("IVF8,PQ4x4"))
+    whole = index.search(queries(), 10, Settings(4, 30, 10))
+    monkeypatch.setattr("fastgda.index.snapshot.CANDIDATES", 150)
+    found = index.search(queries(), 10, Settings(4, 30, 10))
+    assert np.array_equal(found.ids, whole.ids) and np.array_equal(found.scores, whole.scores)
+
+
 def test_exact_scan_equals_flat_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastgda.index.snapshot.BLOCK", 37)
     index = build(tmp_path / "index", SegmentConfig("IVF8,PQ4x4"))

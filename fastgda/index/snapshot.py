@@ -17,6 +17,8 @@ Stamp = tuple[int, int, int, int]
 """Inode and time of the manifest, size and time of the journal: differs after every change."""
 LIST_FRACTION, GRAPH_BREADTH = 32, 128
 """Before calibration: one inverted list in 32 is visited, and efSearch of a graph is 128."""
+CANDIDATES = 1 << 20
+"""Candidates of all queries together that a search holds at a time, at some 70 bytes each."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,13 @@ class Snapshot:
 
     def search(self, queries: np.ndarray, k: int, settings: Settings) -> Neighbours:
         """The `k` <= live best of each query [Q, D]: approximate candidates of every segment, scored exactly."""
+        at_once = max(1, CANDIDATES // settings.candidates(k))
+        if len(queries) > at_once:
+            starts = range(0, len(queries), at_once)
+            parts = [self.search(queries[start : start + at_once], k, settings) for start in starts]
+            return Neighbours(
+                np.concatenate([part.ids for part in parts]), np.concatenate([part.scores for part in parts])
+            )
         ids, scores = [], []
         for place, segment in enumerate(self.segments):
             depth = settings.candidates(k) if segment.config.reranks else k
