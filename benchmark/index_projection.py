@@ -5,10 +5,10 @@
     python -m benchmark.index_projection --images 400000000 --memory_gb 16 64    # results/scale/projection.json
 
 What it is, memory, disk and time are those of `python -m fastgda.index plan`, the time multiplied by what the build of
-the largest measured index took of its own estimate. The codes that a query visits and the vectors
-that it re-ranks follow the power of the number of images that joins the two largest indexes of the same structure,
-calibrated to the same recall. Searching takes as long as in the largest for every code and vector; where lists are on
-disk each is one read, and so is each vector. The report says which of this is measured and which is assumed.
+the largest measured index took of its own estimate. The codes that a query visits and the vectors that it re-ranks
+follow the power of the number of images that joins the two largest indexes of the same structure, calibrated to the
+same recall; no fewer lists are visited than in the largest. Searching takes as long as in the largest for every code
+and vector; where lists are on disk each is one read, and so is each vector. The report says what is assumed.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from fastgda.core import ROOT, command_line, command_parser, environment, require_file, save_json
 from fastgda.flags import add_flags, from_flags
@@ -59,6 +61,7 @@ class Measured(NamedTuple):
     """An index that was built and calibrated."""
 
     size: int
+    nprobe: int
     visited: float
     """Codes in the lists that one query visits."""
     depth: int
@@ -83,6 +86,7 @@ def measured(pieces: list[dict[str, Any]], factory: str, dim: int, wanted: float
                 settings, cost = goal["calibration"], piece["estimate"]
                 found[piece["size"]] = Measured(
                     piece["size"],
+                    settings["nprobe"],
                     settings["nprobe"] * piece["size"] / int(lists[1]),
                     settings["depth"],
                     goal["latency_one_client"]["median_ms"],
@@ -107,10 +111,15 @@ def growth(smaller: Measured, larger: Measured, value: str) -> float:
     return max(0.0, math.log(ratio) / math.log(larger.size / smaller.size))
 
 
-def project(config: ProjectionConfig, pieces: list[dict[str, Any]], dim: int, memory_gb: float) -> dict[str, Any]:
-    """The index of `config.images` vectors within a memory budget, what a query does in it and how long it takes."""
+def project(
+    config: ProjectionConfig, pieces: list[dict[str, Any]], dim: int, memory_gb: float, flops: float
+) -> dict[str, Any]:
+    """The index of `config.images` vectors within a memory budget, what a query does in it and how long it takes.
+
+    `pieces` are those of `benchmark.index_scale`; `flops` as `fastgda.index.plan.estimate` takes it.
+    """
     plan = recommend(config.images, dim, memory_gb * 1e9)
-    cost = estimate(plan.config, config.images, dim, measured_flops())
+    cost = estimate(plan.config, config.images, dim, flops)
     found = re.search(r"IVF(\d+)", plan.config.factory)
     if found is None:
         raise ValueError(
@@ -119,11 +128,14 @@ def project(config: ProjectionConfig, pieces: list[dict[str, Any]], dim: int, me
     *_, smaller, largest = measured(pieces, plan.config.factory, dim, config.wanted)
     lists, times = int(found[1]), config.images / largest.size
     powers = {name: growth(smaller, largest, name) for name in ("visited", "depth")}
-    visited, depth = (getattr(largest, name) * times**power for name, power in powers.items())
-    probes = math.ceil(visited * lists / config.images)
+    grown, depth = (getattr(largest, name) * times**power for name, power in powers.items())
+    probes = max(largest.nprobe, math.ceil(grown * lists / config.images))
+    visited = probes * config.images / lists
     work = max(visited / largest.visited, depth / largest.depth) * largest.milliseconds
     reads = depth + probes * plan.config.on_disk
-    read_bytes = depth * 2 * dim + plan.config.on_disk * visited * cost.bytes_per_vector
+    read_bytes = (
+        depth * dim * np.dtype(plan.config.store).itemsize + plan.config.on_disk * visited * cost.bytes_per_vector
+    )
     waiting = reads * config.access_us / 1e3 + read_bytes / config.read_gb / 1e6
     return {
         "dim": dim,
@@ -147,8 +159,10 @@ def assumptions(config: ProjectionConfig) -> list[str]:
     """What the projection takes for granted, for the reader."""
     return [
         f"vectors like those measured; recall@k = {config.wanted:g} needs visited codes and re-ranked vectors that "
-        "grow with the number of images by the power that joins the two largest measured indexes",
-        "a code or vector costs as much as in the largest measured index, the larger of both factors counting for all",
+        "grow with the number of images by the power that joins the two largest measured indexes, and as many lists at "
+        "least as in the largest",
+        "a code or vector costs as much as in the largest measured index, the one that grows more counting for all (an "
+        "upper bound: not all of a query's time grows)",
         f"reads from disk come one after the other, {config.access_us:g} µs each and {config.read_gb:g} GB a second, "
         "none from the cache",
         f"the build takes longer than estimated by as much as the largest measured one did; {config.workers} workers "
@@ -178,7 +192,8 @@ def main(argv: list[str] | None = None) -> None:
     add_flags(parser, ProjectionConfig)
     config = from_flags(ProjectionConfig, parser.parse_args(argv))
     report = json.loads(require_file(config.report, "python -m benchmark.index_scale").read_text())
-    rows = [project(config, report["pieces"], dim, memory) for dim in config.dims for memory in config.memory_gb]
+    flops = measured_flops()
+    rows = [project(config, report["pieces"], dim, memory, flops) for dim in config.dims for memory in config.memory_gb]
     print("\n".join([f"{config.images:,} images", *map(line, rows), "assuming:", *assumptions(config)]))
     save_json(
         config.output,

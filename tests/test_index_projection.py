@@ -65,12 +65,17 @@ def test_projection_follows_the_power_of_the_measured(
     assert (small["structure"]["on_disk"], large["structure"]["on_disk"]) == (True, False)
     for found in (small, large):
         assert found["structure"]["factory"].startswith("OPQ64_256,IVF131072_HNSW32")
-        assert found["visited"] == pytest.approx(8e7 / 16384 * 5**2), "five times as many for ten times the images"
+        assert found["nprobe"] == 16, "of 7,629 codes: five times as many codes for ten times the images, rounded up"
+        assert found["visited"] == pytest.approx(16 * 1e9 / 131072)
         assert found["depth"] == 150, "never fewer than in the largest"
-        assert found["milliseconds_computing"] == pytest.approx(2.0 * 25)
+        assert found["milliseconds_computing"] == pytest.approx(2.0 * found["visited"] / (8e7 / 16384))
     assert small["milliseconds_reading"] > large["milliseconds_reading"] == pytest.approx(15 + 150 * 512 / 2e6)
     assert "1,000,000,000 images" in capsys.readouterr().out
     table = projection_table(printed["projections"])
     assert len(table.splitlines()) == 4 and "on disk" in table
+    pieces[0]["goals"][1]["calibration"]["nprobe"] = 3  # 1.9 times the codes for ten times the images
+    report.write_text(json.dumps({"pieces": pieces}))
+    assert main([*run, "--memory_gb", "640"]) == 0
+    assert json.loads(out.read_text())["projections"][0]["nprobe"] == 3, "two would hold the codes"
     assert main([*run, "--images", "1000"]) == 2
     assert "expected an index with inverted lists" in capsys.readouterr().err
