@@ -149,6 +149,7 @@ def project(
         "milliseconds_computing": work,
         "milliseconds_reading": waiting,
         "ram_bytes": cost.ram,
+        "ram_bytes_building": cost.build_ram,
         "disk_bytes": cost.disk,
         "training_seconds": cost.training_seconds * largest.build_ratio,
         "adding_seconds": cost.adding_seconds * largest.build_ratio / config.workers,
@@ -176,7 +177,8 @@ def line(found: dict[str, Any]) -> str:
     return (
         f"{found['dim']:>5} numbers, {found['memory_gb']:g} GB: {made['factory']}, "
         f"{'lists on disk' if made['on_disk'] else 'lists in memory'}, {made['shards']} shards\n"
-        f"      RAM {found['ram_bytes'] / 1e9:.1f} GB, disk {found['disk_bytes'] / 1e9:,.0f} GB, training "
+        f"      RAM {found['ram_bytes'] / 1e9:.1f} GB ({found['ram_bytes_building'] / 1e9:.1f} building), disk "
+        f"{found['disk_bytes'] / 1e9:,.0f} GB, training "
         f"{duration(found['training_seconds'])}, adding {duration(found['adding_seconds'])}\n"
         f"      a query visits {found['nprobe']} lists of {found['visited'] / found['nprobe']:,.0f} codes, re-ranks "
         f"{found['depth']:,.0f} vectors: {found['milliseconds_computing']:.1f} ms, reading "

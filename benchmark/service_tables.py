@@ -100,7 +100,7 @@ def projection_table(projections: list[Report]) -> str:
             f"{found['dim']}",
             f"{found['memory_gb']:g} GB",
             found["structure"]["factory"] + (" on disk" if found["structure"]["on_disk"] else ""),
-            f"{found['ram_bytes'] / 1e9:.1f}",
+            f"{found['ram_bytes'] / 1e9:.1f} ({found['ram_bytes_building'] / 1e9:.0f})",
             f"{found['disk_bytes'] / 1e9:,.0f}",
             f"{duration(found['training_seconds'])}, {duration(found['adding_seconds'])}",
             f"{found['nprobe']:,} of {found['visited'] / found['nprobe']:,.0f}",
@@ -110,7 +110,16 @@ def projection_table(projections: list[Report]) -> str:
         ]
         for found in projections
     ]
-    names = ["numbers", "memory", "structure", "RAM, GB", "disk, GB", "training, adding", "lists of codes", "re-ranked"]
+    names = [
+        "numbers",
+        "memory",
+        "structure",
+        "RAM (building), GB",
+        "disk, GB",
+        "training, adding",
+        "lists of codes",
+        "re-ranked",
+    ]
     return markdown([*names, "computing, ms", "reading, ms"], rows, left=3)
 
 

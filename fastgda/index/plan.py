@@ -165,6 +165,7 @@ def _compressed(images: int, dim: int, room: float) -> Recommendation:
         f"{images:,} images: comparing all of them with a query takes too long or does not fit {_of(room)}",
         f"{lists:,} inverted lists, about 4 sqrt(images); calibrate sets how many a query visits",
         f"{size} bytes of code per image and 8 of row number; candidates are re-ranked with stored vectors, from disk",
+        "those are float16, whose rounding changes about one of the 100 nearest among ten million",
     ]
     if not fitting:
         reasons.append(f"codes of {total / 1e9:.1f} GB do not fit {_of(room)}, so the inverted lists stay on disk")
