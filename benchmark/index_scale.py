@@ -140,7 +140,8 @@ def run_piece(config: ScaleConfig, rows: NpyRows, factory: str, truth: Path, mad
         return {**piece, "failed": str(error)}
     options = json.dumps({"k": config.k, "goals": config.goals, "clients": config.clients})
     command = [sys.executable, "-m", "benchmark.index_measure", str(folder), str(truth), options]
-    forget_pages(folder)
+    if config.limit_gb:
+        forget_pages(folder)
     with limited(config.limit_gb) as group:
         done = subprocess.run([*group.prefix, *command], cwd=ROOT, stdout=subprocess.PIPE)
         peak = group.peak()
