@@ -26,6 +26,7 @@ import numpy as np
 from fastgda.core import ROOT, command_line, command_parser, environment, require_file, save_json
 from fastgda.flags import add_flags, from_flags
 from fastgda.index import recommend
+from fastgda.index.backend import Structure
 from fastgda.index.plan import duration, estimate, measured_flops, usual_lists
 
 
@@ -120,13 +121,13 @@ def project(
     """
     plan = recommend(config.images, dim, memory_gb * 1e9)
     cost = estimate(plan.config, config.images, dim, flops)
-    found = re.search(r"IVF(\d+)", plan.config.factory)
-    if found is None:
+    lists = Structure.create(plan.config.factory, dim).lists
+    if not lists:
         raise ValueError(
             f"{config.images:,} images: expected an index with inverted lists, found {plan.config.factory}"
         )
     *_, smaller, largest = measured(pieces, plan.config.factory, dim, config.wanted)
-    lists, times = int(found[1]), config.images / largest.size
+    times = config.images / largest.size
     powers = {name: growth(smaller, largest, name) for name in ("visited", "depth")}
     grown, depth = (getattr(largest, name) * times**power for name, power in powers.items())
     probes = max(largest.nprobe, math.ceil(grown * lists / config.images))
