@@ -1,7 +1,7 @@
 """The studies of the paper's section 4 on the testbed, several seeds each.
 
     python -m benchmark.sweep                              # everything; a run that is finished is not repeated
-    python -m benchmark.sweep --studies losses --seeds 1   # a part of it
+    python -m benchmark.sweep --studies losses --seeds 1 --output runs/losses      # a part of it
     python -m benchmark.sweep --reduced                    # smaller rankers and fewer epochs: minutes, not hours
     python -m benchmark.sweep --dry_run                    # which runs there are, which are finished, how long the rest
 
@@ -196,6 +196,15 @@ def write_study(
     save_json(output / f"{study}.json", document)
 
 
+def require_more_seeds(studies: list[str], seeds: int, output: Path) -> None:
+    """`ValueError` if a study in `output` has more seeds than the run that would replace it."""
+    for study in studies:
+        file = output / f"{study}.json"
+        found = json.loads(file.read_text())["seeds"] if file.is_file() else 0
+        if found > seeds:
+            raise ValueError(f"{file}: expected --seeds of at least its {found}, or another --output, found {seeds}")
+
+
 def draw_figures(output: Path) -> None:
     """Draws the figures whose studies are all in `output`."""
     for name, studies in FIGURES.items():
@@ -242,6 +251,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.dry_run:
         dry_run(runs, data_of, args.run_dir, args.device)
         return
+    require_more_seeds(args.studies, args.seeds, args.output)
     changed = {name: value for name, value in asdict(problem.base).items() if value != asdict(RECIPES["best"])[name]}
     shared = {"seeds": args.seeds, "changed_from_the_best_recipe": changed}
     entries: dict[str, list[dict[str, Any]]] = {study: [] for study in args.studies}

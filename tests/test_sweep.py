@@ -104,6 +104,16 @@ def test_an_interrupted_sweep_leaves_the_fuller_document(tmp_path, monkeypatch):
     assert document.read_bytes() == before
 
 
+def test_fewer_seeds_do_not_replace_more(tmp_path, capsys):
+    write_planted(tmp_path / "data")
+    document = tmp_path / "out/queries.json"
+    document.parent.mkdir()
+    document.write_text('{"seeds": 3}')
+    assert sweep.main(arguments(tmp_path, "--studies", "queries", "--seeds", "2")) == 2
+    assert f"{document}: expected --seeds of at least its 3" in capsys.readouterr().err
+    assert document.read_text() == '{"seeds": 3}'
+
+
 @pytest.mark.parametrize("flag", ["--redu", "--epoch"])
 def test_flags_are_not_abbreviated(tmp_path, flag, capsys):
     with pytest.raises(SystemExit) as stopped:
