@@ -150,8 +150,7 @@ def run_piece(config: ScaleConfig, rows: NpyRows, factory: str, truth: Path, mad
         failed = f"expected to need at most {config.limit_gb:g} GB, found that it was killed for more"
         return {**piece, "failed": failed, "limit_gb": config.limit_gb}
     done.check_returncode()
-    # FAISS prints there, too, where it finds lists on disk
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(done.stdout)
     shutil.rmtree(folder)
     return {**piece, **found, "limit_gb": config.limit_gb, "peak_bytes": peak}
 

@@ -200,6 +200,16 @@ def test_mistakes_are_named(files: Path, capsys: pytest.CaptureFixture[str], wor
     assert error.startswith("error: ") and complaint in error
 
 
+def test_only_answers_are_on_standard_output(files: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    built = ["build", str(files / "x"), "--vectors", str(files / "a.npy"), "--metadata", str(files / "a.parquet")]
+    assert main([*built, "--factory", "IVF8,SQ8", "--on_disk"]) == 0
+    reported = capfd.readouterr()
+    assert reported.out.splitlines() == ["- the factory is as asked for", f"{files / 'x'}: 200 images, IVF8,SQ8"]
+    assert "ondisk filename" in reported.err
+    assert main(["search", str(files / "x"), "--queries", str(files / "q.npy"), "--rows", "3", "--k", "2"]) == 0
+    assert [line.split("\t")[:2] for line in capfd.readouterr().out.splitlines()] == [["3", "1"], ["3", "2"]]
+
+
 @pytest.mark.parametrize("name", ["build", "plan", "info", "calibrate", "add", "remove", "rebuild", "search"])
 def test_help_has_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:

@@ -6,10 +6,14 @@ is a maximum-inner-product search. Inside a `Structure` a vector is known by its
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -252,7 +256,8 @@ class Structure:
     def read(cls, path: Path) -> Structure:
         """Reads an index; inverted lists that were merged on disk stay there, beside `path`."""
         try:
-            return cls(faiss.read_index(str(path), faiss.IO_FLAG_ONDISK_SAME_DIR | faiss.IO_FLAG_READ_ONLY))
+            with _printing_to_stderr():
+                return cls(faiss.read_index(str(path), faiss.IO_FLAG_ONDISK_SAME_DIR | faiss.IO_FLAG_READ_ONLY))
         except (RuntimeError, MemoryError) as error:
             raise ValueError(f"{path}: expected a FAISS index, found a damaged file ({_reason(error)})") from error
 
@@ -263,9 +268,30 @@ RERANKS = "re-ranking with the stored vectors is done outside FAISS"
 def merge_on_disk(trained: Structure, shards: Sequence[Path], folder: Path) -> None:
     """Puts the inverted lists of `shards` into one file in `folder`, read piecewise; `trained` refers to it then."""
     try:
-        merge_ondisk(trained._index, [str(shard) for shard in shards], str(folder / LISTS_FILE))
+        with _printing_to_stderr():
+            merge_ondisk(trained._index, [str(shard) for shard in shards], str(folder / LISTS_FILE))
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"on_disk: expected a factory with plain inverted lists, found: {_reason(error)}") from error
+
+
+_descriptors = Lock()
+
+
+@contextmanager
+def _printing_to_stderr() -> Iterator[None]:
+    """Sends to standard error what FAISS prints about lists on disk: standard output is for answers. While it lasts,
+    it does so in all threads.
+    """
+    with _descriptors:
+        sys.stdout.flush()
+        kept = os.dup(1)
+        os.dup2(2, 1)
+        try:
+            yield
+        finally:
+            ctypes.CDLL(None).fflush(None)
+            os.dup2(kept, 1)
+            os.close(kept)
 
 
 def set_threads(count: int) -> None:
