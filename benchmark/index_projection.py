@@ -7,8 +7,9 @@
 What it is, memory, disk and time are those of `python -m fastgda.index plan`, the time multiplied by what the build of
 the largest measured index took of its own estimate. The codes that a query visits and the vectors that it re-ranks
 follow the power of the number of images that joins the two largest indexes of the same structure, calibrated to the
-same recall; no fewer lists are visited than in the largest. Searching takes as long as in the largest for every code
-and vector; where lists are on disk each is one read, and so is each vector. The report says what is assumed.
+same recall; no fewer lists are visited than in the largest. Computing takes as long for every code and vector as in the
+largest whose memory was not bounded; each vector is read from disk, and where lists are there each of them. The report
+says what is assumed.
 """
 
 from __future__ import annotations
@@ -69,12 +70,16 @@ class Measured(NamedTuple):
     """Vectors that it re-ranks."""
     milliseconds: float
     """Median of one query, one client."""
+    bounded: bool
+    """Whether its memory was, so that these hold reads from disk."""
     build_ratio: float
     """Seconds of the build by those estimated."""
 
 
 def measured(pieces: list[dict[str, Any]], factory: str, dim: int, wanted: float) -> list[Measured]:
-    """The indexes of the structure of `factory` with about 4 √size lists, ascending; `ValueError` if fewer than two."""
+    """The indexes of the structure of `factory` with about 4 √size lists, ascending; `ValueError` if fewer than two
+    or none whose memory was not bounded.
+    """
     found = {}
     for piece in pieces:
         lists = re.search(r"IVF(\d+),", piece["factory"])
@@ -91,12 +96,13 @@ def measured(pieces: list[dict[str, Any]], factory: str, dim: int, wanted: float
                     settings["nprobe"] * piece["size"] / int(lists[1]),
                     settings["depth"],
                     goal["latency_one_client"]["median_ms"],
+                    piece.get("limit_gb", 0.0) > 0,
                     piece["build_seconds"] / (cost["training_seconds"] + cost["adding_seconds"]),
                 )
-    if len(found) < 2:
+    if len(found) < 2 or all(index.bounded for index in found.values()):
         raise ValueError(
-            f"{structure(factory)}, {dim} numbers, recall {wanted:g}: expected two measured sizes or more, found "
-            f"{sorted(found)}; python -m benchmark.index_scale"
+            f"{structure(factory)}, {dim} numbers, recall {wanted:g}: expected two measured sizes or more, one of them "
+            f"without --limit_gb, found {sorted(found)}; python -m benchmark.index_scale"
         )
     return [found[size] for size in sorted(found)]
 
@@ -126,13 +132,14 @@ def project(
         raise ValueError(
             f"{config.images:,} images: expected an index with inverted lists, found {plan.config.factory}"
         )
-    *_, smaller, largest = measured(pieces, plan.config.factory, dim, config.wanted)
+    *_, smaller, largest = found = measured(pieces, plan.config.factory, dim, config.wanted)
+    *_, whole = (index for index in found if not index.bounded)
     times = config.images / largest.size
     powers = {name: growth(smaller, largest, name) for name in ("visited", "depth")}
     grown, depth = (getattr(largest, name) * times**power for name, power in powers.items())
     probes = max(largest.nprobe, math.ceil(grown * lists / config.images))
     visited = probes * config.images / lists
-    work = max(visited / largest.visited, depth / largest.depth) * largest.milliseconds
+    work = max(visited / whole.visited, depth / whole.depth) * whole.milliseconds
     reads = depth + probes * plan.config.on_disk
     read_bytes = (
         depth * dim * np.dtype(plan.config.store).itemsize + plan.config.on_disk * visited * cost.bytes_per_vector
@@ -163,8 +170,8 @@ def assumptions(config: ProjectionConfig) -> list[str]:
         f"vectors like those measured; recall@k = {config.wanted:g} needs visited codes and re-ranked vectors that "
         "grow with the number of images by the power that joins the two largest measured indexes, and as many lists at "
         "least as in the largest",
-        "a code or vector costs as much as in the largest measured index, the one that grows more counting for all (an "
-        "upper bound: not all of a query's time grows)",
+        "a code or vector costs as much as in the largest index that was measured without a bound on its memory, the "
+        "one that grows more counting for all (an upper bound: not all of a query's time grows)",
         f"reads from disk come one after the other, {config.access_us:g} µs each and {config.read_gb:g} GB a second, "
         "none from the cache",
         f"the build takes longer than estimated by as much as the largest measured one did; {config.workers} workers "

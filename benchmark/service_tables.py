@@ -27,8 +27,8 @@ def service_parts(results: Path) -> list[str]:
             f"Index structures on vectors like the ranker's embedding, on {report['environment']['cores']} cores "
             "(`python -m benchmark.index_scale`, all of them in its JSON): for each size the exact search and the "
             f"fastest that reach a recall@{JUDGED_DEPTH}, calibrated on other queries than the {queries:,} that are "
-            "measured; one client, median and 99th percentile; RAM without mapped files, or all of it where it was "
-            "bounded, but for pages of its files that were in the cache since the build (to be measured again):",
+            "measured; one client, median and 99th percentile; RAM without mapped files, or all of it, their cached "
+            "pages included, where it was bounded:",
             scale_table(report["pieces"]),
         ]
     if (results / "scale/projection.json").is_file():

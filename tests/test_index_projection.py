@@ -14,7 +14,7 @@ from benchmark.service_tables import projection_table
 FACTORY = "OPQ64_256,IVF65536_HNSW32,PQ64"
 
 
-def piece(size: int, factory: str, nprobe: int, depth: int, milliseconds: float) -> dict[str, Any]:
+def piece(size: int, factory: str, nprobe: int, depth: int, milliseconds: float, limit_gb: float = 0) -> dict[str, Any]:
     goal = {
         "wanted": 0.95,
         "calibration": {"nprobe": nprobe, "depth": depth},
@@ -26,6 +26,7 @@ def piece(size: int, factory: str, nprobe: int, depth: int, milliseconds: float)
         "dim": 256,
         "factory": factory,
         "estimate": estimate,
+        "limit_gb": limit_gb,
         "build_seconds": 300.0,
         "goals": [{"wanted": 0.99, "failed": "no settings"}, goal],
     }
@@ -35,7 +36,7 @@ def piece(size: int, factory: str, nprobe: int, depth: int, milliseconds: float)
 def pieces() -> list[dict[str, Any]]:
     """Ten times the images: twice the lists visited, of 2.5 times the codes, and half the vectors re-ranked."""
     return [
-        piece(10_000_000, "OPQ64_256,IVF16384,PQ64", 8, 150, 2.0),
+        piece(10_000_000, "OPQ64_256,IVF16384,PQ64", 8, 150, 9.0, limit_gb=1.5),
         piece(10_000_000, "OPQ64_256,IVF4096,PQ64", 99, 999, 99.0),
         piece(10_000_000, "IVF16384,PQ64x4fs", 99, 999, 99.0),
         piece(1_000_000, "OPQ64_256,IVF4096,PQ64", 4, 300, 1.0),
@@ -49,8 +50,11 @@ def test_measured_indexes_are_those_of_the_structure(pieces: list[dict[str, Any]
     assert [index.depth for index in found] == [300, 150] and found[1].build_ratio == 2
     assert [index.visited for index in found] == pytest.approx([4e6 / 4096, 8e7 / 16384])
     assert structure(FACTORY) == structure("OPQ64_256,IVF4096,PQ64") != structure("IVF4096,PQ64")
-    with pytest.raises(ValueError, match=r"recall 0.99: expected two measured sizes or more, found \[\]"):
+    with pytest.raises(ValueError, match=r"recall 0.99: expected two measured sizes or more, one of them"):
         measured(pieces, FACTORY, 256, 0.99)
+    pieces[3]["limit_gb"] = 1.5
+    with pytest.raises(ValueError, match=r"without --limit_gb, found \[1000000, 10000000\]"):
+        measured(pieces, FACTORY, 256, 0.95)
 
 
 def test_projection_follows_the_power_of_the_measured(
@@ -68,7 +72,7 @@ def test_projection_follows_the_power_of_the_measured(
         assert found["nprobe"] == 16, "of 7,629 codes: five times as many codes for ten times the images, rounded up"
         assert found["visited"] == pytest.approx(16 * 1e9 / 131072)
         assert found["depth"] == 150, "never fewer than in the largest"
-        assert found["milliseconds_computing"] == pytest.approx(2.0 * found["visited"] / (8e7 / 16384))
+        assert found["milliseconds_computing"] == pytest.approx(found["visited"] / (4e6 / 4096)), "as in the smaller"
     assert small["milliseconds_reading"] > large["milliseconds_reading"] == pytest.approx(15 + 150 * 512 / 2e6)
     assert "1,000,000,000 images" in capsys.readouterr().out
     table = projection_table(printed["projections"])
