@@ -77,6 +77,11 @@ def reaching(pieces: list[Report], wanted: float) -> Iterator[tuple[Report, Repo
                     yield piece, goal
 
 
+def structure_name(structure: Report) -> str:
+    """What the tables call a `SegmentConfig`."""
+    return structure["factory"] + (" on disk" if structure["on_disk"] else "")
+
+
 def scale_line(piece: Report, goal: Report) -> list[str]:
     """What a structure reached and took."""
     recalls = [goal["recall"].get(depth) for depth in DEPTHS]
@@ -84,7 +89,7 @@ def scale_line(piece: Report, goal: Report) -> list[str]:
     bounded = piece["peak_bytes"] is not None
     ram = piece["peak_bytes"] if bounded else piece["ram_bytes"]["RssAnon"]
     return [
-        piece["factory"] + (" on disk" if piece["structure"]["on_disk"] else ""),
+        structure_name(piece["structure"]),
         *("" if found is None else f"{found['mean']:.3f}" for found in recalls),
         median_p99(one),
         f"{many['clients']}: {median_p99(many)}",
@@ -99,7 +104,7 @@ def projection_table(projections: list[Report]) -> str:
         [
             f"{found['dim']}",
             f"{found['memory_gb']:g} GB",
-            found["structure"]["factory"] + (" on disk" if found["structure"]["on_disk"] else ""),
+            structure_name(found["structure"]),
             f"{found['ram_bytes'] / 1e9:.1f} ({found['ram_bytes_building'] / 1e9:.0f})",
             f"{found['disk_bytes'] / 1e9:,.0f}",
             f"{duration(found['training_seconds'])}, {duration(found['adding_seconds'])}",

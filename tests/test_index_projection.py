@@ -50,7 +50,7 @@ def test_measured_indexes_are_those_of_the_structure(pieces: list[dict[str, Any]
     assert [index.depth for index in found] == [300, 150] and found[1].build_ratio == 2
     assert [index.visited for index in found] == pytest.approx([4e6 / 4096, 8e7 / 16384])
     assert structure(FACTORY) == structure("OPQ64_256,IVF4096,PQ64") != structure("IVF4096,PQ64")
-    with pytest.raises(ValueError, match=r"recall 0.99: expected two measured sizes or more, one of them"):
+    with pytest.raises(ValueError, match=r"recall 0.99: expected two measured sizes or more, .*, found \[\]"):
         measured(pieces, FACTORY, 256, 0.99)
     pieces[3]["limit_gb"] = 1.5
     with pytest.raises(ValueError, match=r"without --limit_gb, found \[1000000, 10000000\]"):
