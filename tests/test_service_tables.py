@@ -15,12 +15,12 @@ def goal(wanted: float, recall: float, median: float) -> dict[str, Any]:
     return {"wanted": wanted, "recall": depths, "latency_one_client": times, "latency_many_clients": many}
 
 
-def piece(factory: str, goals: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
+def piece(factory: str, goals: list[dict[str, Any]], on_disk: bool = False, **changes: Any) -> dict[str, Any]:
     return {
         "size": 1000,
         "dim": 8,
         "factory": factory,
-        "structure": {"on_disk": False},
+        "structure": {"factory": factory, "on_disk": on_disk},
         "goals": goals,
         "ram_bytes": {"RssAnon": 5e6},
         "disk_bytes": 7e6,
@@ -35,7 +35,7 @@ PIECES = [
     piece("sound", [goal(0.95, 0.97, 2.0), goal(0.99, 0.9895, 3.0)]),
     piece("late", [goal(0.95, 0.97, 4.0), {"wanted": 0.99, "failed": "found 0.98 at best"}]),
     {"size": 10, "dim": 8, "factory": "large", "failed": "needs 30 GB of memory"},
-    piece("far", [goal(0.95, 0.95, 5.0)], size=10, structure={"on_disk": True}, peak_bytes=2e6, limit_gb=1.5),
+    piece("far", [goal(0.95, 0.95, 5.0)], size=10, on_disk=True, peak_bytes=2e6, limit_gb=1.5),
 ]
 
 
