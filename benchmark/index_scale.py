@@ -44,6 +44,7 @@ from fastgda.core import (
 )
 from fastgda.flags import add_flags, from_flags
 from fastgda.index import Index, SegmentConfig, Source, recommend
+from fastgda.index.journal import exclusive
 from fastgda.index.plan import duration, estimate, measured_flops, usual_lists
 from fastgda.index.source import NpyRows
 from fastgda.ranker import load_ranker
@@ -303,7 +304,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.dry_run:
         forecast(plan)
         return
-    save_json(config.output, joined(run(plan, embedding, asked), config.output))
+    with exclusive(config.work / "lock", wait=False):
+        save_json(config.output, joined(run(plan, embedding, asked), config.output))
     print(f"wrote {config.output}")
 
 

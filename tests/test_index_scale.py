@@ -18,6 +18,7 @@ from benchmark.synthetic import Statistics, Synthetic, exact_neighbours
 from fastgda.core import save_npy
 from fastgda.dataset import normalise
 from fastgda.index import FlatIndex
+from fastgda.index.journal import exclusive
 from fastgda.index.source import NpyRows
 from fastgda.ranker import Ranker, RankerConfig, save_ranker
 
@@ -54,7 +55,10 @@ def test_synthetic_rows_are_like_the_embedding(
 
 
 def test_a_cut_off_run_goes_on(
-    tmp_path: Path, embedding: tuple[np.ndarray, np.ndarray], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    embedding: tuple[np.ndarray, np.ndarray],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     save_ranker(tmp_path / "ranker.pth", Ranker(RankerConfig(in_dim=24, hidden_sizes=(32,), out_feat_dim=20)))
     run = ["--features", str(tmp_path / "rows.npy"), "--queries", str(tmp_path / "asked.npy"), "--sizes", "400"]
@@ -84,9 +88,12 @@ def test_a_cut_off_run_goes_on(
     breadths = [goal["calibration"]["nprobe"] for goal in lists["goals"]]
     assert breadths == sorted(breadths) and lists["goals"][1]["recall"]["10"]["mean"] > 0.8
     assert {"python", "processor", "packages"} <= report["environment"].keys()
-    left = sorted(path.suffix for path in (tmp_path / "work").iterdir())
+    left = sorted(path.suffix for path in (tmp_path / "work").iterdir() if path.name != "lock")
     assert left == [".json", ".json", ".npz"], "neither index nor vectors"
     done.clear()
+    with exclusive(tmp_path / "work" / "lock"):
+        assert main([*run, "--sizes", "300", "--factories", "Flat"]) == 2
+    assert "found one at work" in capsys.readouterr().err and not done
     assert main([*run, "--sizes", "300", "--factories", "Flat"]) == 0
     sizes = [piece["size"] for piece in json.loads((tmp_path / "out.json").read_text())["pieces"]]
     assert sizes == [300, 400, 400], "what was measured before stays"

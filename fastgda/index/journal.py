@@ -161,7 +161,7 @@ def exclusive(path: Path, *, wait: bool = True) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
-            raise ValueError(f"{path.parent}: expected no other command on this index, found one at work") from error
+            raise ValueError(f"{path.parent}: expected no other command on what is in it, found one at work") from error
         yield
 
 
