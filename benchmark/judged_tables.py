@@ -7,7 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmark.markdown import interval, markdown
-from benchmark.table1 import calibration_table, creators_table, lds_table, nearest_table, pairs_table, table1
+from benchmark.table1 import (
+    calibration_table,
+    creators_table,
+    effects_table,
+    lds_table,
+    nearest_table,
+    pairs_table,
+    table1,
+)
 
 Report = dict[str, Any]
 LDS_STUDIES = {
@@ -54,7 +62,8 @@ def removal_parts(reports: dict[str, Report]) -> list[str]:
         ]
         if pairs := pairs_table(removal):
             parts += [
-                "The same query by query, ΔL of a ranker over that of its untuned feature and of teachers:",
+                "The same query by query, ΔL of a ranker over that of its untuned feature, of teachers and of methods "
+                "on gradients:",
                 pairs,
             ]
     return parts
@@ -93,6 +102,13 @@ def judged_parts(reports: dict[str, Report], studies: list[Report]) -> list[str]
             "sum of their scores, in a unit fitted on validation queries: whole creators, random halves, and all "
             "models of leave-K-out; and the error of a creator's share (`python -m benchmark.calibration`):",
             calibration_table(reports["calibration"]),
+        ]
+    if "removal" in reports:
+        parts += [
+            "What the removals of each method change, and those at random: mean and standard error of ΔL, of the MSE "
+            "between the pictures of one seed and of their similarity to the image encoder (`python -m "
+            "benchmark.removal`):",
+            effects_table(reports["removal"]),
         ]
     if nearest := nearest_table(reports):
         parts += [

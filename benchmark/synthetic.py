@@ -19,6 +19,7 @@ from abu.room import require_disk
 from fastgda.core import atomic_path
 from fastgda.dataset import normalise
 from fastgda.index import FlatIndex
+from fastgda.index.snapshot import best_of
 from fastgda.index.source import BLOCK, NpyRows
 
 SPREAD_ROWS = 4096
@@ -115,11 +116,8 @@ def exact_neighbours(rows: Synthetic, queries: np.ndarray, k: int) -> np.ndarray
     ids, scores = np.empty((len(queries), 0), dtype=np.int64), np.empty((len(queries), 0), dtype=np.float32)
     for start in tqdm(range(0, rows.size, BLOCK), desc="exact search", unit="block"):
         block = rows[start : start + BLOCK]
-        scores = np.concatenate([scores, queries @ block.T], 1)
-        ids = np.concatenate(
-            [ids, np.broadcast_to(np.arange(start, start + len(block)), (len(queries), len(block)))], 1
-        )
-        if scores.shape[1] > k:
-            best = np.argpartition(-scores, k - 1, axis=1)[:, :k]
-            ids, scores = np.take_along_axis(ids, best, 1), np.take_along_axis(scores, best, 1)
-    return np.take_along_axis(ids, np.argsort(-scores, axis=1, kind="stable"), 1)
+        products = queries @ block.T
+        names = np.broadcast_to(np.arange(start, start + len(block)), products.shape)
+        best = best_of(np.concatenate([ids, names], 1), np.concatenate([scores, products], 1), k)
+        ids, scores = best.ids, best.scores
+    return ids

@@ -2,9 +2,9 @@
 
     python -m benchmark.table1              # results/table1.md, results/removal/throughput_<K>.png
 
-A line for each method: ΔL after removing its top K over that of random removals (`benchmark.removal`), LDS
-(`benchmark.lds`), agreement on creators (`benchmark.creators`), latency of one query and storage (`benchmark.latency`),
-and ΔL, MSE and similarity themselves. What has not been measured is left empty. Figure 1 draws ΔL against queries a
+A line for each method: ΔL after removing its top K over that of random removals, MSE and similarity at the K of most
+methods (`benchmark.removal`), LDS (`benchmark.lds`), agreement on creators (`benchmark.creators`), latency of one query
+and storage (`benchmark.latency`). What has not been measured is left empty. Figure 1 draws ΔL against queries a
 second. `benchmark.tables` puts the tables into README.md. Table 2 of the paper (a teacher that sees only nearest
 neighbours) compares the lines whose names end in "-knn" with the others.
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmark.drawing import Figure, plt, save_figure
+from benchmark.gradient_methods import METHODS
 from benchmark.markdown import interval, markdown, number
 from benchmark.methods import NEAREST, TUNED, is_teacher
 from benchmark.removal import RANDOM
@@ -56,43 +57,61 @@ def levels_of(removals: dict[str, dict[int, Row]]) -> list[int]:
     return sorted({level for rows in removals.values() for level in rows})
 
 
+def widest_level(removals: dict[str, dict[int, Row]]) -> int | None:
+    """The K at which most methods were judged, the largest of those; `None` if none was."""
+    judged = [level for rows in removals.values() for level in rows]
+    return max(judged, key=lambda level: (judged.count(level), level), default=None)
+
+
 def table1(reports: dict[str, Row]) -> str:
-    """The table as Markdown: the largest excess of ΔL at the largest K first, then by LDS."""
+    """The table as Markdown: the largest excess of ΔL at the K of most methods first, then by LDS."""
     latency, lds, creators = (rows_by_method(reports.get(name)) for name in ("latency", "lds", "creators"))
     removals = removals_by_method(reports.get("removal"))
-    levels = levels_of(removals)
+    levels, widest = levels_of(removals), widest_level(removals)
     # the others are in the table of LDS
     methods = list(dict.fromkeys([*removals, *latency]))
 
     def order(method: str) -> tuple[float, float]:
-        row = removals.get(method, {}).get(levels[-1], {}) if levels else {}
+        row = {} if widest is None else removals.get(method, {}).get(widest, {})
         unknown = float("-inf")
         return -row.get("delta_loss", {}).get("excess", unknown), -lds.get(method, {}).get("lds", unknown)
 
     header = ["method", *(f"ΔL over random, K = {level}" for level in levels)]
+    header += [] if widest is None else [f"MSE, K = {widest}", f"similarity, K = {widest}"]
     header += ["LDS", "creators", "latency, ms", "storage, MiB"]
-    header += [f"{name}, K = {level}" for level in levels for name in ("ΔL", "MSE", "similarity")]
     lines = []
     for method in sorted(methods, key=order):
-        found, cost = [removals.get(method, {}).get(level) for level in levels], latency.get(method)
-        line = [method, *(excess(row) for row in found)]
+        found, cost = removals.get(method, {}), latency.get(method)
+        line = [method, *(excess(found.get(level)) for level in levels)]
+        if widest is not None:
+            line += [effect(found[widest][key]) if widest in found else "" for key in ("mse", "similarity")]
         line.append(interval(lds[method]["lds"], lds[method]["interval"]) if method in lds else "")
         line.append(number(creators[method]["spearman"]) if method in creators else "")
         line += ["", ""] if cost is None else [f"{1e3 * cost['seconds']:.1f}", f"{cost['storage'] / 2**20:.1f}"]
-        for row in found:
-            line += [effect(row[key]) if row else "" for key in ("delta_loss", "mse", "similarity")]
         lines.append(line)
     return markdown(header, lines)
 
 
+def effects_table(report: Row) -> str:
+    """ΔL itself, MSE and similarity of each method at each K, the smallest K first."""
+    lines = [
+        [str(row["K"]), row["method"], *(effect(row[key]) for key in ("delta_loss", "mse", "similarity"))]
+        for row in sorted(report["rows"], key=lambda row: (row["K"], -row["delta_loss"]["mean"]))
+    ]
+    return markdown(["K", "method", "ΔL", "MSE", "similarity"], lines, left=2)
+
+
 def pairs_table(report: Row) -> str | None:
-    """By how much a ranker's ΔL exceeds that of its untuned feature and of teachers; `None` without such pairs."""
+    """By how much a ranker's ΔL exceeds that of its untuned feature, of teachers and of methods on gradients; `None`
+    without such pairs.
+    """
     found: dict[tuple[str, str], dict[int, str]] = {}
     for pair in report["pairs"]:
         first, second, sign = pair["first"], pair["second"], 1
         if second.startswith(f"{TUNED}-"):
             first, second, sign = second, first, -1
-        if first.startswith(f"{TUNED}-") and (first.endswith(f"-{second}") or is_teacher(second)):
+        slow = is_teacher(second) or second.removesuffix("-selected") in METHODS
+        if first.startswith(f"{TUNED}-") and (first.endswith(f"-{second}") or slow):
             bounds = sorted(sign * bound for bound in pair["interval"])
             cell = f"{interval(sign * pair['difference'], bounds, 4)}, {len(pair['queries'])} queries"
             found.setdefault((first, second), {})[pair["K"]] = cell
@@ -147,13 +166,13 @@ def error_of_share(row: Row) -> str:
 def nearest_table(reports: dict[str, Row]) -> str | None:
     """Teachers on nearest images beside the same on all (the paper's Table 2); `None` if none was judged."""
     lds, removals = rows_by_method(reports.get("lds")), removals_by_method(reports.get("removal"))
-    levels, lines = levels_of(removals), []
-    for method in dict.fromkeys([*removals, *lds]):
-        if not method.endswith(NEAREST):
-            continue
-        for name in (method.removesuffix(NEAREST), method):
-            line = [name, *(excess(removals.get(name, {}).get(level)) for level in levels)]
-            lines.append([*line, interval(lds[name]["lds"], lds[name]["interval"]) if name in lds else ""])
+    nearest = [method for method in dict.fromkeys([*removals, *lds]) if method.endswith(NEAREST)]
+    names = [name for method in nearest for name in (method.removesuffix(NEAREST), method)]
+    levels = levels_of({name: removals[name] for name in names if name in removals})
+    lines = []
+    for name in names:
+        line = [name, *(excess(removals.get(name, {}).get(level)) for level in levels)]
+        lines.append([*line, interval(lds[name]["lds"], lds[name]["interval"]) if name in lds else ""])
     if not lines:
         return None
     return markdown(["", *(f"ΔL over random, K = {level}" for level in levels), "LDS"], lines)

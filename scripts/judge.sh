@@ -7,7 +7,8 @@
 #   SMOKE=1 bash scripts/judge.sh      LDS of untuned features by the losses that the repository ships, under runs/smoke
 #
 # Losses of the models on halves and without creators are shipped (results/retrain/losses.npz), so that only models of
-# leave-K-out and their references are trained here, for the methods and K of `removed` and `levels` below.
+# leave-K-out and their references are trained here, for the methods and K of `removed`, `levels`, `few` and
+# `other_levels` below.
 # Writes data/emoji-mini/scores/*.npy and results/{lds,creators,removal,calibration,latency}/, from which README.md's
 # tables are made.
 # Expect: LDS about 0.67 for both terms of the finite step, 0 for random; ΔL of random removals far below the others'.
@@ -22,7 +23,9 @@ gradients=(trak journey-trak d-trak das abu abu-plus ekfac)
 removed=(finite-step@0.01 tuned-minilm minilm abu-plus das-selected tuned-das-effnet+minilm tuned-effnet+minilm
     effnet+minilm)
 levels=(43)
-calibrated=(finite-step@0.01 tuned-minilm-influence minilm-influence pixel-influence first-order)
+# other K, for one teacher and the ranker that comes nearest to it
+few=(finite-step@0.01 tuned-das-effnet+minilm) other_levels=(126)
+calibrated=(finite-step@0.01 tuned-minilm-influence minilm-influence pixel-influence first-order das-selected)
 mini=(--mode emoji-mini) rankers=runs/rankers-mini workers=(--workers "$(nproc)")
 scores() { printf 'data/emoji-mini/scores/%s.npy\n' "$@"; }
 train() { # name, feature type, flags
@@ -97,8 +100,11 @@ step "latency of its ranker" python -m benchmark.latency tuned --ftype effnet+mi
     --checkpoint $rankers/das-effnet+minilm.pth --name tuned-das-effnet+minilm
 step "references" python -m benchmark.retrain reference "${workers[@]}"
 mapfile -t judged < <(scores "${removed[@]}")
+mapfile -t fewer < <(scores "${few[@]}")
 step "removals" python -m benchmark.removal run "${judged[@]}" --levels "${levels[@]}" "${workers[@]}"
-step "effects of removals" python -m benchmark.removal report "${judged[@]}" --levels "${levels[@]}"
+step "removals, other K" python -m benchmark.removal run "${fewer[@]}" --levels "${other_levels[@]}" "${workers[@]}"
+step "effects of removals" python -m benchmark.removal report "${judged[@]}" \
+    --levels "${levels[@]}" "${other_levels[@]}"
 mapfile -t calibrated < <(scores "${calibrated[@]}")
 step "calibration" python -m benchmark.calibration "${calibrated[@]}"
 step "figures" python -m benchmark.figures

@@ -42,6 +42,8 @@ REPORTS = {
             | {"difference": 0.03, "interval": [0.01, 0.05]},
             {"first": "plain", "second": "pixel", "K": 43, "queries": [0, 3]}
             | {"difference": 0.03, "interval": [0.01, 0.05]},
+            {"first": "d-trak-selected", "second": "tuned-pixel", "K": 43, "queries": [0, 3]}
+            | {"difference": -0.02, "interval": [-0.04, 0.01]},
             {"first": "tuned-pixel", "second": "minilm", "K": 43, "queries": [0, 3]}
             | {"difference": 0.03, "interval": [0.01, 0.05]},
         ],
@@ -98,13 +100,17 @@ def test_each_method_has_a_line_with_what_was_measured(results):
     assert table1.main(["--results", str(results)]) == 0
     found = cells((results / "table1.md").read_text())
     assert found[0][:3] == ["method", "ΔL over random, K = 5", "ΔL over random, K = 43"]
-    assert found[0][3:7] == ["LDS", "creators", "latency, ms", "storage, MiB"]
-    assert found[0][7:] == [f"{name}, K = {k}" for k in (5, 43) for name in ("ΔL", "MSE", "similarity")]
+    assert found[0][3:] == ["MSE, K = 43", "similarity, K = 43", "LDS", "creators", "latency, ms", "storage, MiB"]
     assert [line[0] for line in found[2:]] == ["plain-knn", "tuned", RANDOM]
-    tuned = ["0.0190 [-0.0810, 0.1190]", "0.1500 [0.0500, 0.2500]", "0.300 [0.250, 0.350]", "0.400", "12.3", "3.0"]
-    assert found[3][1:8] == [*tuned, "0.0200 ± 0.0100"]
-    assert found[4][10:] == ["", "", ""]
-    assert {len(line) for line in found} == {13}
+    assert found[3][1:5] == [
+        "0.0190 [-0.0810, 0.1190]",
+        "0.1500 [0.0500, 0.2500]",
+        "0.2000 ± 0.0100",
+        "0.2000 ± 0.0100",
+    ]
+    assert found[3][5:] == ["0.300 [0.250, 0.350]", "0.400", "12.3", "3.0"]
+    assert found[2][1:5] == ["", "0.2500 [0.1500, 0.3500]", "0.3000 ± 0.0100", "0.3000 ± 0.0100"]
+    assert found[4][1:] == [""] * 8, "random removals were made of five images only"
     assert Image.open(results / "removal/throughput_43.png").width > 100
 
 
@@ -114,6 +120,7 @@ def test_the_readme_says_what_retraining_says(results):
     assert cells(parts[3])[2:] == [
         ["tuned-pixel over plain", "-0.0100 [-0.0400, 0.0200], 2 queries", ""],
         ["tuned-pixel over pixel", "", "0.0300 [0.0100, 0.0500], 2 queries"],
+        ["tuned-pixel over d-trak-selected", "", "0.0200 [-0.0100, 0.0400], 2 queries"],
     ]
     assert [line.split("|")[1].strip() for line in parts[5].splitlines()[2:]] == ["tuned", "plain", "trak", "ceiling"]
     assert "64 models on random halves of `emoji-mini`, the mean of two trainings" in parts[4]
@@ -127,9 +134,15 @@ def test_the_readme_says_what_retraining_says(results):
         ["tuned", "1.10, 0.50", "0.90, 0.25", "0.040 [0.030, 0.050]"],
         ["images in the training set", "", "", "0.100 [0.080, 0.120]"],
     ]
-    assert cells(parts[11])[2:] == [
-        ["plain", "", "", "0.200 [0.150, 0.250]"],
-        ["plain-knn", "", "0.2500 [0.1500, 0.3500]", ""],
+    assert [line[:3] for line in cells(parts[11])[2:]] == [
+        ["5", "tuned", "0.0200 ± 0.0100"],
+        ["5", RANDOM, "0.0010 ± 0.0100"],
+        ["43", "plain-knn", "0.3000 ± 0.0100"],
+        ["43", "tuned", "0.2000 ± 0.0100"],
+    ]
+    assert cells(parts[13])[2:] == [
+        ["plain", "", "0.200 [0.150, 0.250]"],
+        ["plain-knn", "0.2500 [0.1500, 0.3500]", ""],
     ]
     (results / "removal/removal.json").unlink()
     assert judged_tables.removal_parts(table1.read_reports(results)) == []

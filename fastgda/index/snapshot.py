@@ -132,7 +132,7 @@ class Snapshot:
             rows, found = self.candidates(place, queries, depth, k, settings.nprobe)
             scores.append(segment.exact_scores(queries, rows) if segment.config.reranks else found)
             ids.append(np.where(rows >= 0, segment.ids[rows], -1))
-        best = _best(np.concatenate(ids, 1), np.concatenate(scores, 1), k)
+        best = best_of(np.concatenate(ids, 1), np.concatenate(scores, 1), k)
         if np.isneginf(best.scores).any():
             raise ValueError(f"k = {k}: expected a structure that reaches as many images, found one that does not")
         return best
@@ -177,13 +177,13 @@ class Snapshot:
                 products = queries @ np.asarray(segment.vectors[start:stop], dtype=np.float32).T
                 products[:, dead[start:stop]] = -np.inf
                 names = np.broadcast_to(segment.ids[start:stop], products.shape)
-                best = _best(np.concatenate([ids, names], 1), np.concatenate([scores, products], 1), k)
+                best = best_of(np.concatenate([ids, names], 1), np.concatenate([scores, products], 1), k)
                 ids, scores = best.ids, best.scores
         return Neighbours(ids, scores)
 
 
-def _best(ids: np.ndarray, scores: np.ndarray, k: int) -> Neighbours:
-    """The `k` highest scores of each row, descending; equal ones in the order of their ids."""
+def best_of(ids: np.ndarray, scores: np.ndarray, k: int) -> Neighbours:
+    """The `k` highest of `scores` [Q, N] in each row with their `ids` [Q, N], descending; equal ones in order of id."""
     if scores.shape[1] > 4 * k:
         kept = np.argpartition(-scores, k - 1, axis=1)[:, :k]
         ids, scores = np.take_along_axis(ids, kept, 1), np.take_along_axis(scores, kept, 1)
