@@ -12,8 +12,8 @@ For a query ẑ and its K most influential training images the model is trained 
 between the image generated from the query's seed and that of the reference model (pixels in [0, 1]); similarity, the
 cosine of the two images in the image encoder's space (1 = the same picture). MSCOCO has ΔL alone without --pipeline.
 Random removals are the null; each row also says by how much a method exceeds it, query by query. The smallest K is
-trained first for all methods, and the report holds what is there, with the numbers of the queries. The models' pictures
-are in pictures.npz beside it, for the demo.
+trained first for all methods. The report holds the methods and K whose models are all there; with fewer --queries it
+needs fewer. The models' pictures are in pictures.npz beside it, for the demo.
 
 The testbed prompts each concept in several sets one after the other, and what such queries lose is much the same; so
 there is one query for each concept, of the set that has had fewest so far (`one_per_concept`). MSCOCO's are all judged.
@@ -202,12 +202,15 @@ def _bytes(images: np.ndarray) -> np.ndarray:
 
 
 def summarise(plan: Plan, effects: Effects) -> list[dict[str, Any]]:
-    """One row for each method and K, of the queries whose models are there: mean and standard error of each effect, and
-    its excess over the random removals of the same K with a bootstrap interval over queries.
+    """One row for each method and K whose models are all there: mean and standard error of each effect, and its excess
+    over the random removals of the same K with a bootstrap interval over queries.
+
+    Of a method that was not asked for, the models that others share with it would be there: queries that are easy.
     """
     groups: dict[tuple[str, int], dict[int, dict[str, float]]] = {}
+    lacking = {(method, count) for (method, _, count), jobs in plan.items() if effects.collection.missing(jobs)}
     for (method, query, count), jobs in plan.items():
-        if effects.collection.missing(jobs):
+        if (method, count) in lacking:
             continue
         found = [effects.of(job, query) for job in jobs]
         mean = {key: float(np.mean([effect[key] for effect in found])) for key in effects.names}
@@ -220,7 +223,7 @@ def summarise(plan: Plan, effects: Effects) -> list[dict[str, Any]]:
             column = np.array([[value[key]] for value in values.values()])
             row[key] = {"mean": float(column.mean()), "standard_error": float(standard_error(column)[0])}
             row[key]["per_query"] = column[:, 0].tolist()
-            if method != RANDOM and values.keys() <= null.keys():
+            if method != RANDOM and null:
                 excess = column[:, 0] - [null[query][key] for query in values]
                 row[key] |= {"excess": float(excess.mean()), "excess_interval": bootstrap_interval(excess).tolist()}
         rows.append(row)
@@ -228,17 +231,15 @@ def summarise(plan: Plan, effects: Effects) -> list[dict[str, Any]]:
 
 
 def paired(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each two methods and each K the mean difference of their ΔL over the queries that both have, with a bootstrap
-    interval; `rows` are those of `summarise`.
+    """For each two methods and each K the mean difference of their ΔL over the queries, with a bootstrap interval;
+    `rows` are those of `summarise`.
     """
     found = []
     for first, second in combinations((row for row in rows if row["method"] != RANDOM), 2):
-        of = [dict(zip(row["queries"], row["delta_loss"]["per_query"], strict=True)) for row in (first, second)]
-        queries = [query for query in of[0] if query in of[1]]
-        if first["K"] != second["K"] or len(queries) < 2:
+        if first["K"] != second["K"] or len(first["queries"]) < 2:
             continue
-        change = np.array([of[0][query] - of[1][query] for query in queries])
-        pair = {"first": first["method"], "second": second["method"], "K": first["K"], "queries": queries}
+        change = np.subtract(first["delta_loss"]["per_query"], second["delta_loss"]["per_query"])
+        pair = {"first": first["method"], "second": second["method"], "K": first["K"], "queries": first["queries"]}
         found.append(pair | {"difference": float(change.mean()), "interval": bootstrap_interval(change).tolist()})
     return found
 
@@ -308,6 +309,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     effects = Effects(testbed, collection, config)
     rows = summarise(plan, effects)
+    if not rows:
+        raise ValueError(f"{collection.folder}: expected all models of a method and a K, found those of none")
     print(*map(removal_line, rows), sep="\n")
     report = {"mode": testbed.name, "config": asdict(config), "rows": rows, "pairs": paired(rows)}
     save_json(args.output, report | {"environment": environment()})

@@ -21,10 +21,10 @@ teachers=(finite-step finite-step@0.01 first-order second-order plain normalised
 nearest=(finite-step-knn plain-knn normalised-knn)
 gradients=(trak journey-trak d-trak das abu abu-plus ekfac)
 removed=(finite-step@0.01 tuned-minilm minilm abu-plus das-selected tuned-das-effnet+minilm tuned-effnet+minilm
-    effnet+minilm)
+    effnet+minilm finite-step finite-step-knn)
 levels=(43)
 # other K, for one teacher and the ranker that comes nearest to it
-few=(finite-step@0.01 tuned-das-effnet+minilm) other_levels=(126)
+few=(finite-step@0.01 tuned-das-effnet+minilm) other_levels=(11 126)
 calibrated=(finite-step@0.01 tuned-minilm-influence minilm-influence pixel-influence first-order das-selected)
 mini=(--mode emoji-mini) rankers=runs/rankers-mini workers=(--workers "$(nproc)")
 scores() { printf 'data/emoji-mini/scores/%s.npy\n' "$@"; }

@@ -358,6 +358,16 @@ def test_removals_run_and_report_and_the_leaderboard_uses_them(retrained, scores
     ]
     change = np.subtract(*(rows[name, 3]["delta_loss"]["per_query"] for name in ("first", "second")))
     assert report["pairs"][1]["difference"] == pytest.approx(change.mean())
+    shared = np.load(scores[0])
+    shared[1:] = np.roll(shared[1:], 5, axis=1)
+    partly = save_scores(retrained, "partly", "test", shared, {}, "test")
+    again = ["report", files[0], str(partly), *REMOVALS, "--output", str(tmp_path / "again" / "removal.json")]
+    assert removal.main(again) == 0
+    found = {(row["method"], row["K"]) for row in json.loads((tmp_path / "again" / "removal.json").read_text())["rows"]}
+    assert ("first", 3) in found and ("partly", 3) not in found, "the model that it shares is not all that it needs"
+    capsys.readouterr()
+    assert removal.main(["report", *files, *REMOVALS[:2], "--levels", "2", *REMOVALS[5:]]) == 2
+    assert "expected all models of a method and a K, found those of none" in capsys.readouterr().err
     pictures = Retrained.load(tmp_path / "pictures.npz")
     kept = {(one.query, one.method, one.removed): one for one in pictures.removals}
     assert len(kept) == 2 * 3 * 2 and pictures.captions[0] == retrained.query_captions("test")[0]
