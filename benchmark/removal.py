@@ -205,7 +205,7 @@ def summarise(plan: Plan, effects: Effects) -> list[dict[str, Any]]:
     """One row for each method and K whose models are all there: mean and standard error of each effect, and its excess
     over the random removals of the same K with a bootstrap interval over queries.
 
-    Of a method that was not asked for, the models that others share with it would be there: queries that are easy.
+    A part of the queries does not count: a method that was never trained for shares models with others on easy ones.
     """
     groups: dict[tuple[str, int], dict[int, dict[str, float]]] = {}
     lacking = {(method, count) for (method, _, count), jobs in plan.items() if effects.collection.missing(jobs)}

@@ -20,7 +20,7 @@ from benchmark.drawing import Figure, plt, save_figure
 from benchmark.gradient_methods import METHODS
 from benchmark.markdown import interval, markdown, number
 from benchmark.methods import NEAREST, TUNED, is_teacher
-from benchmark.removal import RANDOM
+from benchmark.removal import EFFECTS, RANDOM
 from fastgda.core import ROOT, atomic_path, command_line, command_parser
 
 SOURCES = {
@@ -84,7 +84,7 @@ def table1(reports: dict[str, Row]) -> str:
         found, cost = removals.get(method, {}), latency.get(method)
         line = [method, *(excess(found.get(level)) for level in levels)]
         if widest is not None:
-            line += [effect(found[widest][key]) if widest in found else "" for key in ("mse", "similarity")]
+            line += effects_of(found.get(widest, {}))[1:]
         line.append(interval(lds[method]["lds"], lds[method]["interval"]) if method in lds else "")
         line.append(number(creators[method]["spearman"]) if method in creators else "")
         line += ["", ""] if cost is None else [f"{1e3 * cost['seconds']:.1f}", f"{cost['storage'] / 2**20:.1f}"]
@@ -95,7 +95,7 @@ def table1(reports: dict[str, Row]) -> str:
 def effects_table(report: Row) -> str:
     """ΔL itself, MSE and similarity of each method at each K, the smallest K first."""
     lines = [
-        [str(row["K"]), row["method"], *(effect(row[key]) for key in ("delta_loss", "mse", "similarity"))]
+        [str(row["K"]), row["method"], *effects_of(row)]
         for row in sorted(report["rows"], key=lambda row: (row["K"], -row["delta_loss"]["mean"]))
     ]
     return markdown(["K", "method", "ΔL", "MSE", "similarity"], lines, left=2)
@@ -184,9 +184,12 @@ def excess(row: Row | None) -> str:
     return interval(value["excess"], value["excess_interval"], 4) if "excess" in value else ""
 
 
-def effect(value: Row) -> str:
-    """Mean and standard error, with four digits: effects of small K are small."""
-    return f"{value['mean']:.4f} ± {value['standard_error']:.4f}"
+def effects_of(row: Row) -> list[str]:
+    """Mean and standard error of each effect, with four digits, since effects of small K are small; empty where it was
+    not measured.
+    """
+    values = [row.get(key) for key in EFFECTS]
+    return [f"{value['mean']:.4f} ± {value['standard_error']:.4f}" if value else "" for value in values]
 
 
 def throughput_figures(reports: dict[str, Row]) -> dict[int, Figure]:
