@@ -304,7 +304,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.dry_run:
         forecast(plan)
         return
-    with exclusive(config.work / "lock", wait=False):
+    with exclusive(config.work / "index.lock", wait=False):
         save_json(config.output, joined(run(plan, embedding, asked), config.output))
     print(f"wrote {config.output}")
 

@@ -62,9 +62,9 @@ COLLECTED = (FINITE_STEP, *TERMS, *TEACHERS, EXACT)
 """The teachers, whose scores abu.collect and abu.collect_exact made."""
 OVERRIDES = ("layers", "curvature", "damping", "measure", "bins", "draws", "query_draws", "only", "normalised")
 """Settings of methods on gradients that have a flag."""
-AT, NEAREST = f"{FINITE_STEP}@", "-knn"
+AT, NEAREST, SELECTED = f"{FINITE_STEP}@", "-knn", "-selected"
 """Begins the names of finite steps of another size; ends those of teachers on candidates, as the paper collects them
-for training queries."""
+for training queries; ends those of methods whose λ validation queries chose."""
 
 
 def random_scores(queries: int, images: int, seed: int = 0) -> np.ndarray:
@@ -179,7 +179,7 @@ def score_name(method: str, args: argparse.Namespace) -> str:
     if METHODS[method].score == "inner":
         return name
     if args.select:
-        return f"{name}-selected"
+        return f"{name}{SELECTED}"
     return name if args.ridge is None else f"{name}-ridge{args.ridge:g}"
 
 

@@ -19,7 +19,7 @@ from typing import Any
 from benchmark.drawing import Figure, plt, save_figure
 from benchmark.gradient_methods import METHODS
 from benchmark.markdown import interval, markdown, number
-from benchmark.methods import NEAREST, TUNED, is_teacher
+from benchmark.methods import NEAREST, SELECTED, TUNED, is_teacher
 from benchmark.removal import EFFECTS, RANDOM
 from fastgda.core import ROOT, atomic_path, command_line, command_parser
 
@@ -110,7 +110,7 @@ def pairs_table(report: Row) -> str | None:
         first, second, sign = pair["first"], pair["second"], 1
         if second.startswith(f"{TUNED}-"):
             first, second, sign = second, first, -1
-        slow = is_teacher(second) or second.removesuffix("-selected") in METHODS
+        slow = is_teacher(second) or second.removesuffix(SELECTED) in METHODS
         if first.startswith(f"{TUNED}-") and (first.endswith(f"-{second}") or slow):
             bounds = sorted(sign * bound for bound in pair["interval"])
             cell = f"{interval(sign * pair['difference'], bounds, 4)}, {len(pair['queries'])} queries"

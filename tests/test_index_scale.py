@@ -88,10 +88,10 @@ def test_a_cut_off_run_goes_on(
     breadths = [goal["calibration"]["nprobe"] for goal in lists["goals"]]
     assert breadths == sorted(breadths) and lists["goals"][1]["recall"]["10"]["mean"] > 0.8
     assert {"python", "processor", "packages"} <= report["environment"].keys()
-    left = sorted(path.suffix for path in (tmp_path / "work").iterdir() if path.name != "lock")
-    assert left == [".json", ".json", ".npz"], "neither index nor vectors"
+    left = sorted(path.suffix for path in (tmp_path / "work").iterdir())
+    assert left == [".json", ".json", ".lock", ".npz"], "neither index nor vectors"
     done.clear()
-    with exclusive(tmp_path / "work" / "lock"):
+    with exclusive(tmp_path / "work" / "index.lock"):
         assert main([*run, "--sizes", "300", "--factories", "Flat"]) == 2
     assert "found one at work" in capsys.readouterr().err and not done
     assert main([*run, "--sizes", "300", "--factories", "Flat"]) == 0

@@ -111,6 +111,7 @@ def test_each_method_has_a_line_with_what_was_measured(results):
     assert found[3][5:] == ["0.300 [0.250, 0.350]", "0.400", "12.3", "3.0"]
     assert found[2][1:5] == ["", "0.2500 [0.1500, 0.3500]", "0.3000 ± 0.0100", "0.3000 ± 0.0100"]
     assert found[4][1:] == [""] * 8, "random removals were made of five images only"
+    assert {len(line) for line in found} == {9}
     assert Image.open(results / "removal/throughput_43.png").width > 100
 
 
