@@ -27,6 +27,7 @@ LDS_STUDIES = {
     "measured": "what is differentiated",
     "squares": "layers, curvature, of the squared output",
     "step": "finite step",
+    "exact": "exact form",
 }
 """What each study of `benchmark.lds_study` varies, in the order of the table."""
 
@@ -85,7 +86,8 @@ def judged_parts(reports: dict[str, Report], studies: list[Report]) -> list[str]
     if studies:
         parts += [
             "The teacher's choices by LDS of validation queries (`python -m benchmark.lds_study`): AbU+ to first order "
-            f"but for one choice or two, {studies[0]['fixed']} unless it says otherwise, and steps of finite size:",
+            f"but for one choice or two, {studies[0]['fixed']} unless it says otherwise; and steps of finite size, to "
+            "second order in the loss and exactly:",
             lds_study_table(studies),
         ]
     if "creators" in reports:

@@ -2,6 +2,7 @@
 
     python -m benchmark.lds_study --study layers --workers 2     # resumable; results/lds/study_layers.json
     python -m benchmark.lds_study --study step                   # of what abu.collect steps has collected
+    python -m benchmark.lds_study --study exact                  # of what abu.collect_exact has, in cache/exact_val@<α>
     python -m benchmark.methods abu-plus --layers attn --damping 0.01 --name abu-attn    # what was chosen, as a method
 
 Each variant is an influence function φ(ẑ)ᵀφ(z) on projected gradients (`benchmark.projected`), differing from AbU+ to
@@ -20,7 +21,7 @@ from abu.cluster import add_cluster_flags, cluster_from
 from abu.testbed import testbed_from
 from benchmark.gradient_methods import METHODS, Method, collect_method, foresee_method, method_scores
 from benchmark.lds import Judge, add_truth_flag, lds_line
-from benchmark.methods import AT, teacher_scores
+from benchmark.methods import AT, EXACT, FINITE_STEP, teacher_scores
 from benchmark.projected import FeatureConfig, Measure
 from benchmark.retrain import add_judge_flags
 from fastgda.core import ROOT, command_line, command_parser, save_json
@@ -31,6 +32,8 @@ BASE = METHODS["abu-plus"].features
 
 STEPS = (0.001, 0.01, 0.1, 1.0, 10.0)
 """α of the study of steps."""
+EXACT_STEPS = (0.001, 0.003, 0.01, 0.03, 0.1, 1.0)
+"""α of the study of the exact form; each is collected anew."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +60,15 @@ def drawn(config: FeatureConfig) -> str:
 
 def step() -> Study:
     """Size of the unlearning step; the terms alone are its limits."""
-    found = {f"α = {size:g}": f"{AT}{size:g}" for size in STEPS}
+    found = {f"α = {size:g}": f"{FINITE_STEP}{AT}{size:g}" for size in STEPS}
     terms = {"first term alone (α → 0)": "first-order", "second term alone (α → ∞)": "second-order"}
     return Study("the passes that abu.collect steps has collected", teachers=found | terms)
+
+
+def exact() -> Study:
+    """Size of the step of the exact form."""
+    found = {f"α = {size:g}": f"{EXACT}{AT}{size:g}" for size in EXACT_STEPS}
+    return Study("what abu.collect_exact has collected with each step", teachers=found)
 
 
 def layers(measure: Measure = "loss") -> Study:
@@ -121,7 +130,7 @@ def measured() -> Study:
 
 
 STUDIES: dict[str, Callable[[], Study]] = {
-    study.__name__: study for study in (step, layers, squares, damping, draws, bins, strata, measured)
+    study.__name__: study for study in (step, exact, layers, squares, damping, draws, bins, strata, measured)
 }
 
 

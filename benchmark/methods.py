@@ -8,7 +8,7 @@
     python -m benchmark.methods normalised-knn plain-knn        # the same on K nearest images only (paper, Table 2)
     python -m benchmark.methods minilm --influence finite-step  # minilm-influence: what the cosine predicts of τ
     python -m benchmark.methods minilm --influence das          # of any scores, after: das --split val
-    python -m benchmark.methods exact                           # the loss changes of abu.collect_exact, as they are
+    python -m benchmark.methods exact exact@1       # of abu.collect_exact: its own folder, and cache/exact_test@1
     python -m benchmark.methods trak journey-trak d-trak das abu ekfac --dry_run      # time, memory and disk
     python -m benchmark.methods trak journey-trak d-trak das abu ekfac --workers 2    # resumable
     python -m benchmark.methods trak d-trak --select            # the ridge λ by the LDS of the validation queries
@@ -62,7 +62,7 @@ COLLECTED = (FINITE_STEP, *TERMS, *TEACHERS, EXACT)
 """The teachers, whose scores abu.collect and abu.collect_exact made."""
 OVERRIDES = ("layers", "curvature", "damping", "measure", "bins", "draws", "query_draws", "only", "normalised")
 """Settings of methods on gradients that have a flag."""
-AT, NEAREST, SELECTED = f"{FINITE_STEP}@", "-knn", "-selected"
+AT, NEAREST, SELECTED = "@", "-knn", "-selected"
 """Begins the names of finite steps of another size; ends those of teachers on candidates, as the paper collects them
 for training queries; ends those of methods whose λ validation queries chose."""
 
@@ -87,13 +87,13 @@ def tuned_scores(paths: Layout, checkpoint: Path, split: str) -> np.ndarray:
 
 
 def is_teacher(method: str) -> bool:
-    """Whether it is one of `COLLECTED`, or a finite step of another size."""
-    return method in COLLECTED or method.startswith(AT)
+    """Whether it is one of `COLLECTED`, or a finite step or the exact form with a step of its own."""
+    return method in COLLECTED or method.partition(AT)[0] in (FINITE_STEP, EXACT)
 
 
 def step_of(method: str) -> float:
-    """α of "finite-step" or of "finite-step@α"; `ValueError` unless it is a positive number."""
-    text = method.removeprefix(AT)
+    """α of "finite-step", or of "finite-step@α" and "exact@α"; `ValueError` unless it is a positive number."""
+    text = method.partition(AT)[2]
     if method == FINITE_STEP:
         return STEP
     try:
@@ -107,8 +107,8 @@ def step_of(method: str) -> float:
 
 def teacher_scores(testbed: Testbed, teacher: str, split: str) -> np.ndarray:
     """The collected scores of a split's queries, all passes pooled."""
-    if teacher == EXACT:
-        return full_influence(testbed, split)
+    if teacher.partition(AT)[0] == EXACT:
+        return full_influence(testbed, split, None if teacher == EXACT else step_of(teacher))
     if teacher in TEACHERS:
         scores = load_scores(testbed, whole_passes(testbed), teacher)
     else:
@@ -210,7 +210,7 @@ def gradient_scores(testbed: Testbed, method: str, args: argparse.Namespace) -> 
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
     parser = command_parser("python -m benchmark.methods", __doc__)
-    teachers = f"{', '.join(COLLECTED)}, {AT}<α>"
+    teachers = f"{', '.join(COLLECTED)}, {FINITE_STEP}{AT}<α>, {EXACT}{AT}<α>"
     known = f"{RANDOM}, {TUNED}, {teachers}, each also with {NEAREST}, {', '.join(METHODS)}, or feature types"
     parser.add_argument("methods", nargs="+", help=known)
     add_judge_flags(parser)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Judges attribution methods on the small testbed, emoji-mini, whose diffusion model is trained again from scratch.
 #
-#   bash scripts/judge.sh              two cores: two hours for teachers, methods, studies and LDS, then a minute for
+#   bash scripts/judge.sh              two cores: three hours for teachers, methods, studies and LDS, then a minute for
 #                                      each model that leave-K-out lacks, about 20 for a method and a K; after Ctrl-C
 #                                      the same command goes on
 #   SMOKE=1 bash scripts/judge.sh      LDS of untuned features by the losses that the repository ships, under runs/smoke
@@ -21,10 +21,10 @@ teachers=(finite-step finite-step@0.01 first-order second-order plain normalised
 nearest=(finite-step-knn plain-knn normalised-knn)
 gradients=(trak journey-trak d-trak das abu abu-plus ekfac)
 removed=(finite-step@0.01 tuned-minilm minilm abu-plus das-selected tuned-das-effnet+minilm tuned-effnet+minilm
-    effnet+minilm finite-step finite-step-knn)
+    effnet+minilm finite-step finite-step-knn exact d-trak-selected ekfac)
 levels=(43)
 # other K, for one teacher and the ranker that comes nearest to it
-few=(finite-step@0.01 tuned-das-effnet+minilm) other_levels=(11 126)
+few=(finite-step@0.01 tuned-das-effnet+minilm) other_levels=(5 11 126)
 calibrated=(finite-step@0.01 tuned-minilm-influence minilm-influence pixel-influence first-order das-selected)
 mini=(--mode emoji-mini) rankers=runs/rankers-mini workers=(--workers "$(nproc)")
 scores() { printf 'data/emoji-mini/scores/%s.npy\n' "$@"; }
@@ -51,6 +51,12 @@ for stage in curvature queries "steps --passes 4" "training --passes 4" scores; 
     # shellcheck disable=SC2086
     step "teacher: $stage" python -m abu.collect $stage "${mini[@]}"
 done
+exact=(python -m abu.collect_exact all "${mini[@]}" "${workers[@]}")
+for alpha in 0.001 0.003 0.01 0.03 0.1 1; do
+    step "the exact form, α = $alpha" "${exact[@]}" --split val --step $alpha \
+        --folder data/emoji-mini/cache/exact_val@$alpha
+done
+step "the exact form" "${exact[@]}" --split test --step 0.003
 step "rankings" python -m benchmark.finite_step "${mini[@]}" --step 0.01
 step "first-order rankings" python -m benchmark.teacher "${mini[@]}"
 train minilm minilm
@@ -69,12 +75,13 @@ for split in val test; do
 done
 step "scores of the first order's ranker" python -m benchmark.methods tuned --ftype minilm \
     --checkpoint $rankers/first-order-minilm.pth --name tuned-first-order-minilm
+step "scores of the exact form" python -m benchmark.methods exact
 step "validation scores" python -m benchmark.methods "${teachers[@]}" --split val
 step "methods on gradients" python -m benchmark.methods "${gradients[@]}"
 step "the same with λ by validation" python -m benchmark.methods trak journey-trak d-trak das --select
 step "AbU+ of the squared output" python -m benchmark.methods abu-plus --measure square --damping 0.001 \
     --name abu-plus-square
-for study in step layers squares damping strata bins draws measured; do
+for study in step exact layers squares damping strata bins draws measured; do
     step "study: $study" python -m benchmark.lds_study --study $study
 done
 for split in train val; do
@@ -93,9 +100,15 @@ done
 mapfile -t all < <(find data/emoji-mini/scores -maxdepth 1 -name '*.npy' | sort)
 step "LDS" python -m benchmark.lds "${all[@]}"
 step "creators" python -m benchmark.creators "${all[@]}"
-step "latency" python -m benchmark.latency effnet+minilm minilm tuned d-trak abu-plus --ftype minilm \
-    --checkpoint $rankers/minilm.pth
-step "latency of DAS" python -m benchmark.latency das --name das-selected
+step "latency" python -m benchmark.latency effnet+minilm minilm trak journey-trak d-trak abu abu-plus ekfac exact \
+    finite-step@0.01
+for ftype in minilm effnet+minilm; do
+    step "latency of the ranker on $ftype" python -m benchmark.latency tuned --ftype $ftype \
+        --checkpoint $rankers/$ftype.pth
+done
+for method in d-trak das; do
+    step "latency of $method" python -m benchmark.latency $method --name $method-selected
+done
 step "latency of its ranker" python -m benchmark.latency tuned --ftype effnet+minilm \
     --checkpoint $rankers/das-effnet+minilm.pth --name tuned-das-effnet+minilm
 step "references" python -m benchmark.retrain reference "${workers[@]}"

@@ -511,6 +511,32 @@ def test_exact_scores_are_loss_changes_at_the_moved_weights(collected):
     np.testing.assert_allclose(stored(collected, "exact")[2], (after - before).max(1), rtol=1e-3, atol=1e-9)
 
 
+def test_the_exact_form_is_studied_with_steps_of_folders_of_their_own(
+    collected, retrained, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(lds_study, "EXACT_STEPS", (0.01, 1.0))
+    moved = ["--mode", "emoji-mini", "--split", "val", "--query_draws", "1", "--timesteps", "2"]
+    folders = {size: collected.data / f"cache/exact_val@{size:g}" for size in lds_study.EXACT_STEPS}
+    for size, folder in folders.items():
+        root = ["--root", str(collected.root), "--folder", str(folder)]
+        assert collect_exact.main(["all", *moved, *root, "--step", str(size)]) == 0
+    output = tmp_path / "study.json"
+    study = ["--study", "exact", "--models", str(HALVES), "--output", str(output)]
+    assert lds_study.main(study) == 0
+    rows = {row["method"]: row for row in json.loads(output.read_text())["rows"]}
+    assert rows.keys() == {"exact@0.01", "exact@1"}
+    scores = {size: methods.teacher_scores(collected, f"exact@{size:g}", "val") for size in folders}
+    assert (scores[0.01] != scores[1.0]).all()
+    assert rows["exact@1"]["per_query"] == lds.Judge(collected, "val", HALVES)(scores[1.0])["per_query"]
+    folders[1.0].rename(collected.data / "cache/exact_val@3")
+    assert lds_study.main(study) == 2
+    assert f"make it with: python -m abu.collect_exact all --split val --mode emoji-mini --folder {folders[1.0]}" in (
+        capsys.readouterr().err
+    )
+    assert methods.main(["exact@3", "--split", "val"]) == 2
+    assert "expected pieces of step 3, found 1" in capsys.readouterr().err
+
+
 def test_influence_on_candidates_is_no_score(collected, tmp_path, capsys):
     moved = replace(collected, root=tmp_path)
     shutil.copytree(collected.root, tmp_path, dirs_exist_ok=True)
