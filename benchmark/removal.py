@@ -161,14 +161,12 @@ class Effects:
         return found
 
     def drawn(self, plan: Plan, captions: list[str]) -> Retrained:
-        """Pictures of the plan's queries by the reference model and, of each removal, by the first model that is there;
+        """Pictures of the plan's queries by the reference model and, of each removal, by the first of its models;
         `captions` are those of all test queries.
         """
         queries = list(dict.fromkeys(query for _, query, _ in plan))
         removals = []
         for (method, query, count), jobs in plan.items():
-            if self.collection.missing(jobs[:1]):
-                continue
             change, image = self._found(jobs[0], query)
             assert image is not None
             removals.append(Removal(queries.index(query), method, count, change, _bytes(image)))
@@ -315,7 +313,9 @@ def main(argv: list[str] | None = None) -> None:
     report = {"mode": testbed.name, "config": asdict(config), "rows": rows, "pairs": paired(rows)}
     save_json(args.output, report | {"environment": environment()})
     if effects.sampler is not None:
-        effects.drawn(plan, testbed.query_captions("test")).save(args.output.with_name("pictures.npz"))
+        judged = {(row["method"], row["K"]) for row in rows}
+        whole = {key: jobs for key, jobs in plan.items() if (key[0], key[2]) in judged}
+        effects.drawn(whole, testbed.query_captions("test")).save(args.output.with_name("pictures.npz"))
 
 
 if __name__ == "__main__":

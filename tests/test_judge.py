@@ -365,6 +365,8 @@ def test_removals_run_and_report_and_the_leaderboard_uses_them(retrained, scores
     assert removal.main(again) == 0
     found = {(row["method"], row["K"]) for row in json.loads((tmp_path / "again" / "removal.json").read_text())["rows"]}
     assert ("first", 3) in found and ("partly", 3) not in found, "the model that it shares is not all that it needs"
+    drawn = {(one.method, one.removed) for one in Retrained.load(tmp_path / "again" / "pictures.npz").removals}
+    assert drawn == found
     capsys.readouterr()
     assert removal.main(["report", *files, *REMOVALS[:2], "--levels", "2", *REMOVALS[5:]]) == 2
     assert "expected all models of a method and a K, found those of none" in capsys.readouterr().err
