@@ -63,8 +63,7 @@ def recorded_plan(
 ) -> tuple[Collection, ExactConfig, ExactPlan]:
     """The collection of a split's queries with its settings and plan; `ValueError` if it was made from other files."""
     collection = Collection(folder_of(testbed, split, folder))
-    made_by = f"{COMMAND} all --split {split} --mode {testbed.name}"
-    require_file(manifest_path(collection.folder), made_by if folder is None else f"{made_by} --folder {folder}")
+    require_file(manifest_path(collection.folder), f"{COMMAND} all --split {split} --mode {testbed.name}")
     manifest = read_manifest(collection.folder)
     config = ExactConfig.of(manifest["config"])
     if config.candidates.candidates is not None:
@@ -87,7 +86,11 @@ def full_influence(testbed: Testbed, split: str, step: float | None = None) -> n
     """τ [Q, N] float32 of a split's queries, by training id, from its folder or, where a step α is asked for, from that
     folder's neighbour of this name; `ValueError` if it is known on candidates only or was made with another step.
     """
-    folder = None if step is None else folder_of(testbed, f"{split}@{step:g}")
+    folder = None
+    if step is not None:
+        folder = folder_of(testbed, f"{split}@{step:g}")
+        made_by = f"{COMMAND} all --split {split} --mode {testbed.name} --step {step:g} --folder {folder}"
+        require_file(manifest_path(folder), made_by)
     collection, config, plan = recorded_plan(testbed, split, folder)
     if step not in (None, config.unlearning.step):
         raise ValueError(f"{collection.folder}: expected pieces of step {step:g}, found {config.unlearning.step:g}")

@@ -532,9 +532,8 @@ def test_the_exact_form_is_studied_with_steps_of_folders_of_their_own(
     assert rows["exact@1"]["per_query"] == lds.Judge(collected, "val", HALVES)(scores[1.0])["per_query"]
     folders[1.0].rename(collected.data / "cache/exact_val@3")
     assert lds_study.main(study) == 2
-    assert f"make it with: python -m abu.collect_exact all --split val --mode emoji-mini --folder {folders[1.0]}" in (
-        capsys.readouterr().err
-    )
+    asked = f"--split val --mode emoji-mini --step 1 --folder {folders[1.0]}"
+    assert f"make it with: python -m abu.collect_exact all {asked}" in capsys.readouterr().err
     assert methods.main(["exact@3", "--split", "val"]) == 2
     assert "expected pieces of step 3, found 1" in capsys.readouterr().err
 
