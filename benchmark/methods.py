@@ -63,8 +63,8 @@ COLLECTED = (FINITE_STEP, *TERMS, *TEACHERS, EXACT)
 OVERRIDES = ("layers", "curvature", "damping", "measure", "bins", "draws", "query_draws", "only", "normalised")
 """Settings of methods on gradients that have a flag."""
 AT, NEAREST, SELECTED = "@", "-knn", "-selected"
-"""Begins the names of finite steps of another size; ends those of teachers on candidates, as the paper collects them
-for training queries; ends those of methods whose λ validation queries chose."""
+"""Parts a teacher from the α of its step; ends the names of teachers on candidates, as the paper collects them for
+training queries; ends those of methods whose λ validation queries chose."""
 
 
 def random_scores(queries: int, images: int, seed: int = 0) -> np.ndarray:

@@ -136,6 +136,15 @@ def removal_plan(scores: dict[str, np.ndarray], queries: list[int], images: int,
     return plan
 
 
+def whole(plan: Plan, collection: Collection) -> Plan:
+    """The methods and K of a plan whose models are all there.
+
+    A part of the queries does not count: a method that was never trained for shares models with others on easy ones.
+    """
+    lacking = {(method, count) for (method, _, count), jobs in plan.items() if collection.missing(jobs)}
+    return {key: jobs for key, jobs in plan.items() if (key[0], key[2]) not in lacking}
+
+
 class Effects:
     """What a removal does to a query, measured on stored models."""
 
@@ -200,16 +209,11 @@ def _bytes(images: np.ndarray) -> np.ndarray:
 
 
 def summarise(plan: Plan, effects: Effects) -> list[dict[str, Any]]:
-    """One row for each method and K whose models are all there: mean and standard error of each effect, and its excess
-    over the random removals of the same K with a bootstrap interval over queries.
-
-    A part of the queries does not count: a method that was never trained for shares models with others on easy ones.
+    """One row for each method and K of a plan whose models are all there (`whole`): mean and standard error of each
+    effect, and its excess over the random removals of the same K with a bootstrap interval over queries.
     """
     groups: dict[tuple[str, int], dict[int, dict[str, float]]] = {}
-    lacking = {(method, count) for (method, _, count), jobs in plan.items() if effects.collection.missing(jobs)}
     for (method, query, count), jobs in plan.items():
-        if (method, count) in lacking:
-            continue
         found = [effects.of(job, query) for job in jobs]
         mean = {key: float(np.mean([effect[key] for effect in found])) for key in effects.names}
         groups.setdefault((method, count), {})[query] = mean
@@ -305,17 +309,15 @@ def main(argv: list[str] | None = None) -> None:
             train_models(testbed, collection, jobs, args)
         print(models_done(collection, "removals", jobs))
         return
-    effects = Effects(testbed, collection, config)
-    rows = summarise(plan, effects)
-    if not rows:
+    effects, plan = Effects(testbed, collection, config), whole(plan, collection)
+    if not plan:
         raise ValueError(f"{collection.folder}: expected all models of a method and a K, found those of none")
+    rows = summarise(plan, effects)
     print(*map(removal_line, rows), sep="\n")
     report = {"mode": testbed.name, "config": asdict(config), "rows": rows, "pairs": paired(rows)}
     save_json(args.output, report | {"environment": environment()})
     if effects.sampler is not None:
-        judged = {(row["method"], row["K"]) for row in rows}
-        whole = {key: jobs for key, jobs in plan.items() if (key[0], key[2]) in judged}
-        effects.drawn(whole, testbed.query_captions("test")).save(args.output.with_name("pictures.npz"))
+        effects.drawn(plan, testbed.query_captions("test")).save(args.output.with_name("pictures.npz"))
 
 
 if __name__ == "__main__":
