@@ -22,7 +22,7 @@ from abu.testbed import Testbed, testbed_from
 from benchmark.losses import collection_of
 from benchmark.removal import judged_queries, levels_of, removed_by
 from benchmark.retrain import add_judge_flags, references
-from benchmark.retrainer import RetrainConfig, Retraining
+from benchmark.retrainer import LATENTS, RetrainConfig, Retraining, decoded
 from benchmark.scores import load_scores
 from fastgda.core import ROOT, atomic_path, best_device, command_line, command_parser, load_npz
 from fastgda.rankings import top
@@ -33,13 +33,13 @@ SIDE, GAP, TEXT = 64, 4, 150
 
 
 def regenerated(collection: Collection, job: Retraining, query: int, autoencoder: Autoencoder) -> Image.Image | None:
-    """The query sampled again from its seed by a stored model; `None` if the model is not there."""
+    """The query sampled again from its seed by a stored model; `None` if the model or its pictures are not there."""
     if collection.missing([job]):
         return None
-    latents = load_npz(collection.path(job), ("latents_test",))["latents_test"][query : query + 1]
-    with torch.inference_mode():
-        pixels = (autoencoder.decode(torch.from_numpy(latents)) + 1) * 127.5
-    return Image.fromarray(pixels[0].round().byte().permute(1, 2, 0).numpy())
+    arrays = load_npz(collection.path(job), (), optional=(LATENTS,))
+    if LATENTS not in arrays:
+        return None
+    return Image.fromarray(decoded(autoencoder.decode, arrays[LATENTS][query], torch.device("cpu")))
 
 
 def sheet(rows: list[tuple[str, list[Image.Image], Image.Image | None]]) -> Image.Image:

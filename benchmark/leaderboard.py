@@ -25,7 +25,6 @@ from abu.plan import Collection
 from benchmark.lds import Judge, lds_line
 from benchmark.losses import collection_of
 from benchmark.removal import (
-    Effects,
     RemovalConfig,
     add_removal_flags,
     judged_queries,
@@ -33,15 +32,16 @@ from benchmark.removal import (
     removal_config,
     removal_plan,
     removed_by,
-    summarise,
 )
+from benchmark.removal_effects import RemovalEffects
+from benchmark.removal_report import effect_columns, summarise
 from benchmark.retrain import add_training_flags, train_models
 from benchmark.retrainable import Retrainable, add_retrainable_flags, retrainable_from
 from benchmark.retrainer import RetrainConfig, Retraining
 from benchmark.scores import load_scores
 from fastgda.core import ROOT, command_line, command_parser, environment, load_npz, save_json, sha256_file
 from fastgda.dataset import default_levels, layout
-from fastgda.metrics import bootstrap_interval, score_retrieval, standard_error
+from fastgda.metrics import bootstrap_interval, score_retrieval
 from fastgda.rankings import load_rankings
 
 BOARD = "results/leaderboard"
@@ -73,7 +73,7 @@ class StoredRemovals:
 
 
 def nearest_effects(
-    scores: np.ndarray, queries: list[int], collection: Collection, effects: Effects, config: RemovalConfig
+    scores: np.ndarray, queries: list[int], collection: Collection, effects: RemovalEffects, config: RemovalConfig
 ) -> list[dict[str, Any]]:
     """A row for each K: effects of the stored removals nearest to each query's top K, and the share of its images."""
     rows: list[dict[str, Any]] = []
@@ -81,18 +81,10 @@ def nearest_effects(
         stored = StoredRemovals.of(collection, count, scores.shape[1])
         if not stored.jobs:
             continue
-        found, shares = [], []
-        for query in queries:
-            jobs, share = stored.nearest(removed_by(scores, query, count))
-            each = [effects.of(job, query) for job in jobs]
-            found.append([np.mean([effect[key] for effect in each]) for key in effects.names])
-            shares.append(share)
-        values = np.array(found)
-        row: dict[str, Any] = {"K": count, "queries": queries, "shared": float(np.mean(shares))}
-        for column, key in zip(values.T, effects.names, strict=True):
-            error = float(standard_error(column[:, None])[0])
-            row[key] = {"mean": float(column.mean()), "standard_error": error, "per_query": column.tolist()}
-        rows.append(row)
+        found = [stored.nearest(removed_by(scores, query, count)) for query in queries]
+        row: dict[str, Any] = {"K": count, "queries": queries, "shared": float(np.mean([share for _, share in found]))}
+        each = [[effects.of(job, query) for job in jobs] for (jobs, _), query in zip(found, queries, strict=True)]
+        rows.append(row | effect_columns(each))
     return rows
 
 
@@ -124,10 +116,12 @@ def judge_file(path: Path, testbed: Retrainable, args: argparse.Namespace) -> di
     if args.retrain:
         plan = removal_plan({path.stem: scores}, queries, testbed.images, config)
         train_models(testbed, collection, models_of(plan, config), args)
-        rows = summarise(plan, Effects(testbed, collection, config))
+    effects = RemovalEffects(testbed, collection, queries, config.references, config.encoder)
+    if args.retrain:
+        rows = summarise(plan, effects)
         removals = [found | {"shared": 1.0} for found in rows if found["method"] == path.stem]
     else:
-        removals = nearest_effects(scores, queries, collection, Effects(testbed, collection, config), config)
+        removals = nearest_effects(scores, queries, collection, effects, config)
     return row | {"removals": removals, "config": asdict(config), "environment": environment()}
 
 

@@ -204,28 +204,36 @@ def seed_of(name: str) -> int:
 
 
 def export_losses(testbed: Retrainable) -> Path:
-    """Writes the export of all models in the cache and returns its path; `ValueError` if there is none."""
-    cached = CachedLosses(testbed)
-    files = sorted(path for path in cached.collection.folder.glob("without_*_seed_*.npz"))
-    if not files:
+    """Writes the export of all models in the cache, and of those of an earlier export of the same data that the cache
+    lacks; returns its path. `ValueError` if the cache has none, or if the earlier export is of other data.
+    """
+    cached, path = CachedLosses(testbed), export_path(testbed)
+    names = [f"losses_{split}" for split in testbed.judged]
+    models: dict[Retraining, tuple[np.ndarray, ...]] = {}
+    if path.is_file():
+        export = _own_export(testbed)
+        stored = zip(export.jobs(), *(export.arrays[name] for name in names), strict=True)
+        models = {job: tuple(losses) for job, *losses in stored}
+    jobs = cached.jobs()
+    if not jobs:
         raise ValueError(f"{cached.collection.folder}: expected retrained models, found none")
-    keys = ("removed", *(f"losses_{split}" for split in testbed.judged))
-    found = [load_npz(path, keys) for path in files]
-    bits = np.zeros((len(files), cached.images), bool)
-    for row, arrays in zip(bits, found, strict=True):
-        row[arrays["removed"]] = True
+    models |= dict(zip(jobs, zip(*(cached.of(jobs, split) for split in testbed.judged), strict=True), strict=True))
+    ordered = sorted(models, key=lambda job: job.name)
+    bits = np.zeros((len(ordered), cached.images), bool)
+    for row, job in zip(bits, ordered, strict=True):
+        row[list(job.removed)] = True
     columns = {
-        "names": np.array([path.name for path in files]),
-        "seeds": np.array([seed_of(path.name) for path in files]),
+        "names": np.array([job.name for job in ordered]),
+        "seeds": np.array([job.seed for job in ordered]),
         "removed": np.packbits(bits, axis=1),
         "images": np.array(cached.images),
         "sets_training": np.array(cached.sets("training")),
     }
-    for split in testbed.judged:
-        columns[f"losses_{split}"] = np.stack([arrays[f"losses_{split}"] for arrays in found])
+    for place, split in enumerate(testbed.judged):
+        columns[names[place]] = np.stack([models[job][place] for job in ordered])
         columns[f"concepts_{split}"] = np.array(cached.concepts(split))
         columns[f"sets_{split}"] = np.array(cached.sets(split))
-    path, inputs = export_path(testbed), _judged_inputs(testbed)
+    inputs = _judged_inputs(testbed)
     save_npz(path, compress=True, **columns)
     settings = settings_of(testbed, RetrainConfig())
     write_manifest(path, settings, command="python -m benchmark.retrain export", inputs=inputs, mode=testbed.name)
@@ -238,19 +246,26 @@ def restore_losses(testbed: Retrainable) -> int:
     Models trained on everything are left out: what is wanted of them are weights and pictures, which are not exported.
     `ValueError` if the export is of other data than the testbed's.
     """
-    export, collection = ExportedLosses(testbed), collection_of(testbed, RetrainConfig())
-    for name, value in _judged_inputs(testbed).items():
-        if export.inputs[name] != value:
-            raise ValueError(
-                f"{export.path}: expected losses of this testbed, found another {name}: "
-                f"SHA-256 {export.inputs[name][:12]}…, not {value[:12]}…"
-            )
+    export, collection = _own_export(testbed), collection_of(testbed, RetrainConfig())
     lacking = [job for job in collection.missing(export.jobs()) if job.removed]
     for job in lacking:
         row = export.rows[job.name]
         arrays = {f"losses_{split}": export.arrays[f"losses_{split}"][row] for split in testbed.judged}
         save_npz(collection.path(job), compress=False, removed=np.asarray(job.removed, np.int32), **arrays)
     return len(lacking)
+
+
+def _own_export(testbed: Retrainable) -> ExportedLosses:
+    """The export, if it is of this testbed's data."""
+    export = ExportedLosses(testbed)
+    for name, value in _judged_inputs(testbed).items():
+        if export.inputs[name] != value:
+            raise ValueError(
+                f"{export.path}: expected losses of this testbed, found another {name}: "
+                f"SHA-256 {export.inputs[name][:12]}…, not {value[:12]}…; "
+                "where models of this testbed are to be exported, delete it"
+            )
+    return export
 
 
 def _judged_inputs(testbed: Retrainable) -> dict[str, str]:

@@ -4,6 +4,7 @@
     python -m benchmark.removal run data/emoji-mini/scores/*.npy --workers 2      # trains the models; resumable
     python -m benchmark.removal run data/emoji-mini/scores/*.npy --dry_run        # how many are missing, hours left
     python -m benchmark.removal report data/emoji-mini/scores/*.npy     # prints the table, writes results/removal/
+    python -m benchmark.removal report data/emoji-mini/scores/mine.npy --add      # keeps what the report has of others
     python -m benchmark.removal run data/coco/scores/*.npy --mode coco --queries 110 --references 0 --workers 8
 
 For a query ẑ and its K most influential training images the model is trained from scratch without them (paper, section
@@ -15,6 +16,11 @@ Random removals are the null; each row also says by how much a method exceeds it
 trained first for all methods. The report holds the methods and K whose models are all there; with fewer --queries it
 needs fewer. The models' pictures are in pictures.npz beside it, for the demo.
 
+Models that `benchmark.retrain restore` brought back count as trained and say what ΔL is, but have no pictures. With
+--add the report keeps its rows of other methods, and of the same models where their pictures are no longer there; new
+models are compared with the reference that it was made with. One of another model, recipe, data or configuration is
+refused.
+
 The testbed prompts each concept in several sets one after the other, and what such queries lose is much the same; so
 there is one query for each concept, of the set that has had fewest so far (`one_per_concept`). MSCOCO's are all judged.
 """
@@ -25,33 +31,26 @@ import argparse
 import sys
 from collections import Counter
 from dataclasses import asdict, dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image
 
 from abu.plan import Collection
-from abu.sampler import Sampler
 from benchmark.coco import COCO
-from benchmark.losses import collection_of
+from benchmark.losses import collection_of, settings_of
+from benchmark.removal_effects import RANDOM, Plan, RemovalEffects
+from benchmark.removal_report import PICTURES, Earlier, paired, removal_line, summarise
 from benchmark.retrain import add_training_flags, models_done, references, train_models
 from benchmark.retrainable import Retrainable, add_retrainable_flags, retrainable_from
 from benchmark.retrainer import RetrainConfig, Retraining
-from benchmark.scores import load_scores
-from fastgda.core import ROOT, best_device, command_line, command_parser, environment, load_npz, save_json
+from benchmark.scores import load_scores, score_inputs
+from fastgda.core import ROOT, command_line, command_parser, environment, save_json
 from fastgda.dataset import COCO_LEVELS
-from fastgda.metrics import bootstrap_interval, standard_error
 from fastgda.rankings import top
-from feature_extraction.encoders import load_encoder
-from serving.retrained import Removal, Retrained
 
 FRACTIONS = (0.004, 0.0085, 0.034, 0.1)
 """K as shares of the training set: the paper's 500, 1,000 and 4,000 of 118,287, and a tenth."""
-RANDOM = "random removal"
-EFFECTS = ("delta_loss", "mse", "similarity")
 
 
 @dataclass(frozen=True)
@@ -93,10 +92,6 @@ def random_removal(images: int, count: int, draw: int) -> tuple[int, ...]:
     """The null: `count` random ids, ascending; the same for every query, so that its models serve all of them."""
     random = np.random.default_rng([count, draw])
     return tuple(int(i) for i in np.sort(random.choice(images, count, replace=False)))
-
-
-Plan = dict[tuple[str, int, int], list[Retraining]]
-"""(method, query, K) -> the models trained for it."""
 
 
 def one_per_concept(concepts: list[str], sets: list[str]) -> list[int]:
@@ -145,113 +140,6 @@ def whole(plan: Plan, collection: Collection) -> Plan:
     return {key: jobs for key, jobs in plan.items() if (key[0], key[2]) not in lacking}
 
 
-class Effects:
-    """What a removal does to a query, measured on stored models."""
-
-    def __init__(self, testbed: Retrainable, collection: Collection, config: RemovalConfig) -> None:
-        self.collection, self.device = collection, best_device()
-        self.sampler = testbed.sampler(self.device)
-        self.names = EFFECTS[:1] if self.sampler is None else EFFECTS
-        """What is measured: ΔL alone where pictures are not wanted."""
-        stored = [self._load(job) for job in references(config.references)]
-        self.loss = np.mean([arrays["losses_test"] for arrays in stored], axis=0)
-        if self.sampler is not None:
-            self.encoder = load_encoder(config.encoder, self.device)
-            self.images = self._decode(self.sampler, stored[0]["latents_test"])
-            self.features = self._features(self.images)
-
-    def of(self, job: Retraining, query: int) -> dict[str, float]:
-        """Each effect of `names` of one model for one query."""
-        change, image = self._found(job, query)
-        found = {"delta_loss": change}
-        if image is not None:
-            found["mse"] = float(((image - self.images[query]) ** 2).mean())
-            found["similarity"] = float(self._features(image[None])[0] @ self.features[query])
-        return found
-
-    def drawn(self, plan: Plan, captions: list[str]) -> Retrained:
-        """Pictures of the plan's queries by the reference model and, of each removal, by the first of its models;
-        `captions` are those of all test queries.
-        """
-        queries = list(dict.fromkeys(query for _, query, _ in plan))
-        removals = []
-        for (method, query, count), jobs in plan.items():
-            change, image = self._found(jobs[0], query)
-            assert image is not None
-            removals.append(Removal(queries.index(query), method, count, change, _bytes(image)))
-        return Retrained(tuple(captions[query] for query in queries), _bytes(self.images[queries]), tuple(removals))
-
-    def _found(self, job: Retraining, query: int) -> tuple[float, np.ndarray | None]:
-        """ΔL and, where pictures are wanted, the image [h, w, 3] of one model for one query."""
-        arrays = self._load(job)
-        change = float(arrays["losses_test"][query] - self.loss[query])
-        if self.sampler is None:
-            return change, None
-        return change, self._decode(self.sampler, arrays["latents_test"][query : query + 1])[0]
-
-    def _load(self, job: Retraining) -> dict[str, np.ndarray]:
-        keys = ("losses_test",) if self.sampler is None else ("losses_test", "latents_test")
-        return load_npz(self.collection.path(job), keys, "python -m benchmark.removal run")
-
-    @torch.inference_mode()
-    def _decode(self, sampler: Sampler, latents: np.ndarray) -> np.ndarray:
-        pixels = sampler.decode(torch.from_numpy(latents).to(self.device))
-        return ((pixels + 1) / 2).permute(0, 2, 3, 1).cpu().numpy()
-
-    def _features(self, images: np.ndarray) -> np.ndarray:
-        pictures = [Image.fromarray(image) for image in _bytes(images)]
-        features = self.encoder.encode(pictures, [""] * len(pictures))
-        return features / np.linalg.norm(features, axis=1, keepdims=True)
-
-
-def _bytes(images: np.ndarray) -> np.ndarray:
-    return (255 * images).round().astype(np.uint8)
-
-
-def summarise(plan: Plan, effects: Effects) -> list[dict[str, Any]]:
-    """One row for each method and K of a plan whose models are all there (`whole`): mean and standard error of each
-    effect, and its excess over the random removals of the same K with a bootstrap interval over queries.
-    """
-    groups: dict[tuple[str, int], dict[int, dict[str, float]]] = {}
-    for (method, query, count), jobs in plan.items():
-        found = [effects.of(job, query) for job in jobs]
-        mean = {key: float(np.mean([effect[key] for effect in found])) for key in effects.names}
-        groups.setdefault((method, count), {})[query] = mean
-    rows = []
-    for (method, count), values in groups.items():
-        row: dict[str, Any] = {"method": method, "K": count, "queries": list(values)}
-        null = groups.get((RANDOM, count), {})
-        for key in effects.names:
-            column = np.array([[value[key]] for value in values.values()])
-            row[key] = {"mean": float(column.mean()), "standard_error": float(standard_error(column)[0])}
-            row[key]["per_query"] = column[:, 0].tolist()
-            if method != RANDOM and null:
-                excess = column[:, 0] - [null[query][key] for query in values]
-                row[key] |= {"excess": float(excess.mean()), "excess_interval": bootstrap_interval(excess).tolist()}
-        rows.append(row)
-    return rows
-
-
-def paired(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each two methods and each K the mean difference of their ΔL over the queries, with a bootstrap interval;
-    `rows` are those of `summarise`.
-    """
-    found = []
-    for first, second in combinations((row for row in rows if row["method"] != RANDOM), 2):
-        if first["K"] != second["K"] or len(first["queries"]) < 2:
-            continue
-        change = np.subtract(first["delta_loss"]["per_query"], second["delta_loss"]["per_query"])
-        pair = {"first": first["method"], "second": second["method"], "K": first["K"], "queries": first["queries"]}
-        found.append(pair | {"difference": float(change.mean()), "interval": bootstrap_interval(change).tolist()})
-    return found
-
-
-def removal_line(row: dict[str, Any]) -> str:
-    """A row as a line of text."""
-    cells = (f"{key} {row[key]['mean']:+.4f} ± {row[key]['standard_error']:.4f}" for key in EFFECTS if key in row)
-    return f"{row['method']:24s} K = {row['K']:4d}, {len(row['queries'])} queries  " + "  ".join(cells)
-
-
 def models_of(plan: Plan, config: RemovalConfig) -> list[Retraining]:
     """The models of a plan in the order of training, each once: references first, then the smallest K."""
     return list(dict.fromkeys([*references(config.references), *(job for group in plan.values() for job in group)]))
@@ -267,6 +155,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--output", type=Path, default=ROOT / "results/removal/removal.json")
     add_training_flags(made)
     made.add_argument("--dry_run", action="store_true", help="count the models that are missing; train none")
+    made.add_argument("--add", action="store_true", help="report: add to the one at --output instead of replacing it")
     return made
 
 
@@ -302,22 +191,42 @@ def main(argv: list[str] | None = None) -> None:
     testbed, config = retrainable_from(args), removal_config(args)
     collection = collection_of(testbed, RetrainConfig())
     scores = {path.stem: load_scores(path, testbed, "test") for path in args.scores}
-    plan = removal_plan(scores, judged_queries(testbed, config.queries), testbed.images, config)
+    queries = judged_queries(testbed, config.queries)
+    plan = removal_plan(scores, queries, testbed.images, config)
     if args.what == "run":
         jobs = models_of(plan, config)
         if not args.dry_run:
             train_models(testbed, collection, jobs, args)
         print(models_done(collection, "removals", jobs))
         return
-    effects, plan = Effects(testbed, collection, config), whole(plan, collection)
+    rests_on = foundation(testbed, queries, config)
+    earlier = Earlier.load(args.output, rests_on) if args.add else None
+    reference = None if earlier is None else earlier.reference
+    effects = RemovalEffects(testbed, collection, queries, config.references, config.encoder, reference)
+    plan = whole(plan, collection)
     if not plan:
         raise ValueError(f"{collection.folder}: expected all models of a method and a K, found those of none")
     rows = summarise(plan, effects)
     print(*map(removal_line, rows), sep="\n")
-    report = {"mode": testbed.name, "config": asdict(config), "rows": rows, "pairs": paired(rows)}
-    save_json(args.output, report | {"environment": environment()})
-    if effects.sampler is not None:
-        effects.drawn(plan, testbed.query_captions("test")).save(args.output.with_name("pictures.npz"))
+    pictured = {(row["method"], row["K"]) for row in rows if "mse" in row}
+    plan = {key: jobs for key, jobs in plan.items() if (key[0], key[2]) in pictured}
+    drawn = effects.drawn(plan, testbed.query_captions("test")) if effects.sampler is not None else None
+    if earlier is not None:
+        rows = earlier.with_rows(rows)
+        drawn = earlier.with_pictures(drawn, rows) if drawn is not None else None
+    compared = {"reference_loss": [effects.reference.loss[query] for query in queries]}
+    report = rests_on | compared | {"rows": rows, "pairs": paired(rows), "environment": environment()}
+    save_json(args.output, report)
+    if drawn is not None:
+        drawn.save(args.output.with_name(PICTURES))
+
+
+def foundation(testbed: Retrainable, queries: list[int], config: RemovalConfig) -> dict[str, Any]:
+    """What the numbers of a report rest on; its K are those of its rows."""
+    compared = asdict(config)
+    del compared["levels"]
+    inputs, recipe = score_inputs(testbed, "test"), settings_of(testbed, RetrainConfig())
+    return {"mode": testbed.name, "config": compared, "inputs": inputs, "recipe": recipe, "queries": queries}
 
 
 if __name__ == "__main__":

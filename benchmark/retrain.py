@@ -37,7 +37,7 @@ from abu.plan import Collection
 from abu.testbed import Testbed, add_testbed_flags
 from benchmark.losses import collection_of, export_losses, folder_of, restore_losses
 from benchmark.retrainable import JUDGED_MODE, Retrainable, add_retrainable_flags, retrainable_from
-from benchmark.retrainer import SOURCE, WEIGHT, RetrainConfig, Retrainer, Retraining
+from benchmark.retrainer import SECONDS, SOURCE, WEIGHT, RetrainConfig, Retrainer, Retraining
 from benchmark.together import run_together
 from fastgda.core import command_line, command_parser, load_npz
 
@@ -156,8 +156,10 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def models_done(collection: Collection, title: str, jobs: list[Retraining]) -> str:
-    """One line: models done, models an hour over the last ones, the hours left at that rate."""
-    left, rate = len(collection.missing(jobs)), collection.rate(jobs)
+    """One line: models done, models an hour over the last ones that were trained here, the hours left at that rate."""
+    missing = set(collection.missing(jobs))
+    done = {job: load_npz(collection.path(job), (), optional=(SECONDS,)) for job in jobs if job not in missing}
+    left, rate = len(missing), collection.rate([job for job, arrays in done.items() if SECONDS in arrays])
     line = f"{title}: {len(jobs) - left} of {len(jobs)} models"
     if rate:
         line += f", {3600 * rate:.0f} models an hour"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,6 +27,10 @@ from fastgda.core import best_device
 
 WEIGHT = "weight."
 """Begins the names of the arrays that hold weights."""
+LATENTS = "latents_test"
+"""The test queries sampled again; not there where a model was restored from an export, which holds losses only."""
+SECONDS = "seconds"
+"""What its training took; nor is this."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,7 @@ class Retrainer:
             latents = self.sampler.latents(model, text, self.seeds, self.config.sampling_steps)
         found = model_arrays(job, model, losses, latents)
         shutil.rmtree(self.run_folder(job), ignore_errors=True)
-        return found | {"seconds": np.array(time.perf_counter() - began)}
+        return found | {SECONDS: np.array(time.perf_counter() - began)}
 
     def trained(self, job: Retraining) -> nn.Module:
         """The model of `job`, in evaluation mode and frozen; goes on where it was interrupted."""
@@ -125,10 +130,17 @@ def model_arrays(
     """What is kept of a model; `latents`: the test queries sampled again, where pictures are wanted."""
     found = {"removed": np.asarray(job.removed, np.int32), **losses}
     if latents is not None:
-        found["latents_test"] = latents.half().cpu().numpy()
+        found[LATENTS] = latents.half().cpu().numpy()
     if not job.removed and job != SOURCE:
         found |= {WEIGHT + name: value.half().cpu().numpy() for name, value in model.state_dict().items()}
     return found
+
+
+@torch.inference_mode()
+def decoded(decode: Callable[[Tensor], Tensor], latents: np.ndarray, device: torch.device) -> np.ndarray:
+    """The picture [P, P, 3] uint8 of a query's stored latents [c, h, w]."""
+    pixels = decode(torch.from_numpy(latents[None]).to(device))[0]
+    return ((pixels + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
 
 
 def kept_images(job: Retraining, images: int) -> np.ndarray:

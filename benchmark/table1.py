@@ -20,7 +20,7 @@ from benchmark.drawing import Figure, plt, save_figure
 from benchmark.gradient_methods import METHODS
 from benchmark.markdown import interval, markdown, number
 from benchmark.methods import NEAREST, SELECTED, TUNED, is_teacher
-from benchmark.removal import EFFECTS, RANDOM
+from benchmark.removal_effects import EFFECTS, RANDOM
 from fastgda.core import ROOT, atomic_path, command_line, command_parser
 
 SOURCES = {

@@ -35,7 +35,7 @@ from abu.sampler import Sampler
 from abu.testbed import Testbed
 from abu.train_diffusion import StepDraws, refilled, step_draws, step_loss
 from abu.training import LoopConfig, batch_rows, learning_rate
-from benchmark.retrainer import Retrainer, Retraining, kept_images, model_arrays
+from benchmark.retrainer import SECONDS, Retrainer, Retraining, kept_images, model_arrays
 from fastgda.core import keyed_generator
 
 MEASURED_AT_ONCE = 1024
@@ -307,7 +307,7 @@ class Together:
                 seconds = np.array((time.perf_counter() - began) / len(some))
                 for job, lane, sampled in zip(some, lanes, latents, strict=True):
                     losses = self.judged.by_split(lane.losses)
-                    found = model_arrays(job, lane.model, losses, sampled) | {"seconds": seconds}
+                    found = model_arrays(job, lane.model, losses, sampled) | {SECONDS: seconds}
                     yield job, lane.trouble() or found
 
     def _plan(self, pool: ThreadPoolExecutor, jobs: Sequence[Retraining]) -> list[Future[Schedule]]:

@@ -155,16 +155,20 @@ def rows_not_finite(array: np.ndarray) -> Iterator[int]:
         yield from (start + np.flatnonzero(~finite.all(axis=tuple(range(1, rows.ndim))))).tolist()
 
 
-def load_npz(path: str | Path, keys: tuple[str, ...], made_by: str = "") -> dict[str, np.ndarray]:
-    """Reads the named arrays of a `.npz` file without unpickling anything; `ValueError` if damaged or incomplete."""
+def load_npz(
+    path: str | Path, keys: tuple[str, ...], made_by: str = "", optional: tuple[str, ...] = ()
+) -> dict[str, np.ndarray]:
+    """Reads the named arrays of a `.npz` file, and those of the `optional` ones that are there, without unpickling
+    anything; `ValueError` if damaged or incomplete.
+    """
     path = require_file(path, made_by)
     try:
         with np.load(path, allow_pickle=False) as archive:
             found = sorted(archive.files)
-            arrays = {key: archive[key] for key in keys if key in archive}
+            arrays = {key: archive[key] for key in (*keys, *optional) if key in archive}
     except DAMAGED_ARCHIVE as error:
         raise ValueError(f"{path}: expected a whole .npz archive, found a damaged file ({error})") from error
-    if len(arrays) < len(keys):
+    if any(key not in arrays for key in keys):
         raise ValueError(f"{path}: expected arrays {list(keys)}, found {found}")
     return arrays
 

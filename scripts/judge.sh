@@ -6,9 +6,9 @@
 #                                      the same command goes on
 #   SMOKE=1 bash scripts/judge.sh      LDS of untuned features by the losses that the repository ships, under runs/smoke
 #
-# Losses of the models on halves and without creators are shipped (results/retrain/losses.npz), so that only models of
-# leave-K-out and their references are trained here, for the methods and K of `removed`, `levels`, `few` and
-# `other_levels` below.
+# Losses of all models trained so far are shipped (results/retrain/losses.npz), so that only the references are trained
+# here and, for the methods and K of `removed`, `levels`, `few` and `other_levels` below, models of leave-K-out whose
+# removed images are others than then: those of rankers, which another processor trains to other first images.
 # Writes data/emoji-mini/scores/*.npy and results/{lds,creators,removal,calibration,latency}/, from which README.md's
 # tables are made.
 # Expect: LDS about 0.67 for both terms of the finite step, 0 for random; ΔL of random removals far below the others'.
@@ -47,6 +47,7 @@ if [ "${SMOKE:-0}" = 1 ]; then
 fi
 
 step "stored losses" python -m benchmark.retrain restore
+step "references" python -m benchmark.retrain reference "${workers[@]}"
 for stage in curvature queries "steps --passes 4" "training --passes 4" scores; do
     # shellcheck disable=SC2086
     step "teacher: $stage" python -m abu.collect $stage "${mini[@]}"
@@ -111,12 +112,11 @@ for method in d-trak das; do
 done
 step "latency of its ranker" python -m benchmark.latency tuned --ftype effnet+minilm \
     --checkpoint $rankers/das-effnet+minilm.pth --name tuned-das-effnet+minilm
-step "references" python -m benchmark.retrain reference "${workers[@]}"
 mapfile -t judged < <(scores "${removed[@]}")
 mapfile -t fewer < <(scores "${few[@]}")
 step "removals" python -m benchmark.removal run "${judged[@]}" --levels "${levels[@]}" "${workers[@]}"
 step "removals, other K" python -m benchmark.removal run "${fewer[@]}" --levels "${other_levels[@]}" "${workers[@]}"
-step "effects of removals" python -m benchmark.removal report "${judged[@]}" \
+step "effects of removals" python -m benchmark.removal report "${judged[@]}" --add \
     --levels "${levels[@]}" "${other_levels[@]}"
 mapfile -t calibrated < <(scores "${calibrated[@]}")
 step "calibration" python -m benchmark.calibration "${calibrated[@]}"

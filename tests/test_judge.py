@@ -40,6 +40,7 @@ from benchmark import (
     losses,
     methods,
     removal,
+    removal_effects,
     retrain,
     retrainer,
 )
@@ -59,6 +60,7 @@ from feature_extraction.minilm import MiniLM
 from serving.retrained import Retrained
 
 HALVES = 4
+REMOVALS = ["--queries", "2", "--levels", "1", "3", "--null", "2", "--references", "2"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -74,7 +76,7 @@ def small(tmp_path_factory):
         patch.setattr(StoreConfig.__init__, "__defaults__", (0, False, 2))
         # encoders are loaded once and not by every command
         patch.setattr(testbeds, "MiniLM", functools.cache(MiniLM))
-        patch.setattr(removal, "load_encoder", functools.cache(load_encoder))
+        patch.setattr(removal_effects, "load_encoder", functools.cache(load_encoder))
         for name, method in METHODS.items():
             few = replace(method.features, bins=2, draws=1, query_draws=1, projection=64)
             patch.setitem(METHODS, name, replace(method, features=few))
@@ -274,13 +276,19 @@ def test_exported_models_are_restored_and_need_no_second_training(retrained, tmp
     assert retrain.main(["restore", *flags]) == 0
     assert capsys.readouterr().out == f"{2 * HALVES + 2 * len(SETS)} models restored\n"
     assert retrain.main(["status", "--models", str(HALVES), *flags]) == 0
-    assert f"halves: {HALVES} of {HALVES} models" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"halves: {HALVES} of {HALVES} models\n" in printed, "restored models say nothing of the machine's rate"
     jobs = retrain.random_halves(IMAGES, HALVES)
     for split in ("val", "test"):
         found, expected = (losses.CachedLosses(part).of(jobs, split) for part in (clone, retrained))
         np.testing.assert_array_equal(found, expected)
     assert retrain.main(["restore", *flags]) == 0
     assert capsys.readouterr().out == "0 models restored\n"
+    before = {name: array.copy() for name, array in losses.ExportedLosses(clone).arrays.items()}
+    losses.folder_of(clone).joinpath(jobs[0].name).unlink()
+    assert retrain.main(["export", *flags]) == 0
+    for name, array in losses.ExportedLosses(clone).arrays.items():
+        np.testing.assert_array_equal(array, before[name], err_msg=f"{name}: models that the cache lacks are kept")
     latents = clone.data / "query_val/latents.npy"
     save_npy(latents, 2 * np.load(latents))
     shutil.rmtree(clone.data / "cache")
@@ -336,9 +344,6 @@ def test_agreement_is_one_for_the_truth_and_turns_with_the_sign():
     assert creators.agreement(-effects, effects)["spearman"] == pytest.approx(-1)
 
 
-REMOVALS = ["--queries", "2", "--levels", "1", "3", "--null", "2", "--references", "2"]
-
-
 def test_removals_run_and_report_and_the_leaderboard_uses_them(retrained, scores, tmp_path, capsys):
     output, files = tmp_path / "removal.json", [str(path) for path in scores]
     assert removal.main(["run", *files, *REMOVALS, "--dry_run"]) == 0
@@ -346,9 +351,9 @@ def test_removals_run_and_report_and_the_leaderboard_uses_them(retrained, scores
     assert removal.main(["run", *files, *REMOVALS]) == 0
     assert removal.main(["report", *files, *REMOVALS, "--output", str(output)]) == 0
     rows = {(row["method"], row["K"]): row for row in json.loads(output.read_text())["rows"]}
-    assert {key for key in rows} == {(m, k) for m in (removal.RANDOM, "first", "second") for k in (1, 3)}
+    assert {key for key in rows} == {(m, k) for m in (removal_effects.RANDOM, "first", "second") for k in (1, 3)}
     first = rows["first", 3]["delta_loss"]
-    null = rows[removal.RANDOM, 3]["delta_loss"]
+    null = rows[removal_effects.RANDOM, 3]["delta_loss"]
     assert first["excess"] == pytest.approx(first["mean"] - null["mean"])
     assert 0 < rows["first", 3]["similarity"]["mean"] <= 1.000001
     report = json.loads(output.read_text())
@@ -399,6 +404,79 @@ def test_removals_run_and_report_and_the_leaderboard_uses_them(retrained, scores
     capsys.readouterr()
     assert leaderboard.main(["--board", str(board)]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_removals_of_restored_models_are_added_to_a_report(retrained, scores, tmp_path, capsys):
+    first, values = str(scores[0]), np.random.default_rng(11).normal(size=(QUERIES["test"], IMAGES))
+    added = str(save_scores(retrained, "added", "test", values, {}, "test"))
+    assert removal.main(["run", first, *REMOVALS]) == 0
+    assert retrain.main(["export"]) == 0
+    root = tmp_path / "clone"
+    shutil.copytree(retrained.root, root, ignore=shutil.ignore_patterns("cache"))
+    flags = [*REMOVALS, "--output", str(root / "results/removal/removal.json"), "--root", str(root)]
+    output = Path(flags[-3])
+    assert removal.main(["report", first, *flags[:-2]]) == 0
+    before, drawn = json.loads(output.read_text()), Retrained.load(output.with_name("pictures.npz"))
+    assert retrain.main(["restore", "--root", str(root)]) == 0
+    capsys.readouterr()
+    assert removal.main(["report", first, *flags, "--add"]) == 0
+    assert "mse" not in capsys.readouterr().out
+    again, kept = json.loads(output.read_text()), Retrained.load(output.with_name("pictures.npz"))
+    assert again["rows"] == before["rows"] and "mse" in again["rows"][0], "what pictures said is kept"
+    assert len(kept.removals) == len(drawn.removals)
+    assert removal.main(["run", added, *flags]) == 0
+    assert removal.main(["report", added, *flags, "--add"]) == 0
+    grown, kept = json.loads(output.read_text()), Retrained.load(output.with_name("pictures.npz"))
+    rows = {(row["method"], row["K"]): row for row in grown["rows"]}
+    assert all(rows[row["method"], row["K"]] == row for row in before["rows"])
+    assert rows["added", 3]["mse"]["excess"] == pytest.approx(
+        rows["added", 3]["mse"]["mean"] - rows[removal_effects.RANDOM, 3]["mse"]["mean"]
+    )
+    assert len(kept.removals) == len(drawn.removals) + 2 * 2
+    assert [(pair["first"], pair["second"]) for pair in grown["pairs"]] == [("first", "added")] * 2
+    np.testing.assert_allclose(grown["reference_loss"], before["reference_loss"])
+    # the same models, trained here: the pictures that they draw are those that the first report holds
+    here = load_npz(losses.folder_of(retrained) / rows["first", 3]["models"][0][0], ("losses_test",))["losses_test"]
+    query = rows["first", 3]["queries"][0]
+    assert rows["first", 3]["delta_loss"]["per_query"][0] == pytest.approx(here[query] - before["reference_loss"][0])
+    # without --add the report holds what was asked for alone, and of restored models no pictures
+    plain = tmp_path / "plain/removal.json"
+    assert retrain.main(["reference", "--models", "2", "--root", str(root)]) == 0
+    assert removal.main(["report", first, *REMOVALS, "--output", str(plain), "--root", str(root)]) == 0
+    found = {(row["method"], row["K"]): row for row in json.loads(plain.read_text())["rows"]}
+    assert found.keys() == {(method, k) for method in (removal_effects.RANDOM, "first") for k in (1, 3)}
+    assert all("mse" not in row and "delta_loss" in row for row in found.values())
+    assert Retrained.load(plain.with_name("pictures.npz")).removals == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"recipe": {}}, "expected a report with recipe"),
+        ({"inputs": {"model": "0"}}, "expected a report with inputs"),
+        ({"queries": [0]}, "expected a report with queries"),
+        ({"reference_loss": [1.0]}, "expected a reference loss for each query"),
+        ({"rows": [{"method": "first"}]}, "found a damaged one ('models')"),
+        ({"rows": [{"models": [], "queries": [0]}]}, "expected models of each query and an effect"),
+        (None, "found a damaged one"),
+    ],
+)
+def test_a_report_of_something_else_is_not_added_to(retrained, scores, tmp_path, capsys, change, message):
+    flags = [*REMOVALS, "--output", str(tmp_path / "removal.json")]
+    assert removal.main(["report", str(scores[0]), *flags, "--add"]) == 2
+    assert "removal.json: expected a file, found nothing" in capsys.readouterr().err
+    assert removal.main(["run", str(scores[0]), *flags]) == 0
+    assert removal.main(["report", str(scores[0]), *flags]) == 0
+    path = tmp_path / "removal.json"
+    text = path.read_text()
+    path.write_text(text[:-9] if change is None else json.dumps(json.loads(text) | change))
+    changed = path.read_bytes()
+    assert removal.main(["report", str(scores[0]), *flags, "--add"]) == 2
+    assert message in capsys.readouterr().err and path.read_bytes() == changed
+    path.write_text(text)
+    path.with_name("pictures.npz").unlink()
+    assert removal.main(["report", str(scores[0]), *flags, "--add"]) == 2
+    assert "expected pictures of the reference" in capsys.readouterr().err
 
 
 def test_rows_of_images_are_drawn(retrained, scores, tmp_path, capsys):

@@ -9,7 +9,7 @@ from demo_world import retrained
 from PIL import Image
 
 from benchmark import figures, image_rows, judged_tables, table1
-from benchmark.removal import RANDOM
+from benchmark.removal_effects import RANDOM
 from fastgda.core import save_json
 
 
