@@ -214,11 +214,11 @@ def main(argv: list[str] | None = None) -> None:
     if earlier is not None:
         rows = earlier.with_rows(rows)
         drawn = earlier.with_pictures(drawn, rows) if drawn is not None else None
+    if drawn is not None:
+        drawn.save(args.output.with_name(PICTURES))
     compared = {"reference_loss": [effects.reference.loss[query] for query in queries]}
     report = rests_on | compared | {"rows": rows, "pairs": paired(rows), "environment": environment()}
     save_json(args.output, report)
-    if drawn is not None:
-        drawn.save(args.output.with_name(PICTURES))
 
 
 def foundation(testbed: Retrainable, queries: list[int], config: RemovalConfig) -> dict[str, Any]:

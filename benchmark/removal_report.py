@@ -70,6 +70,15 @@ def effects_of(row: dict[str, Any]) -> set[str]:
     return {key for key in EFFECTS if key in row}
 
 
+def difference(wanted: Any, found: Any, name: str) -> str | None:
+    """The first difference of two values read from JSON, in words: where in `name` it is, and both."""
+    if isinstance(wanted, dict) and isinstance(found, dict):
+        keys = sorted(wanted.keys() | found.keys())
+        inside = (difference(wanted.get(key), found.get(key), f"{name}.{key}") for key in keys)
+        return next((text for text in inside if text is not None), None)
+    return None if wanted == found else f"{name}: {found}, not {wanted}"
+
+
 @dataclass(frozen=True)
 class Earlier:
     """A report that is added to."""
@@ -84,8 +93,8 @@ class Earlier:
         try:
             report = json.loads(require_file(path, "python -m benchmark.removal report without --add").read_text())
             for key, value in json.loads(json.dumps(identity)).items():
-                if report[key] != value:
-                    raise ValueError(f"{path}: expected a report with {key} {value}, found {report[key]}")
+                if (other := difference(value, report[key], key)) is not None:
+                    raise ValueError(f"{path}: expected a report of the same, found another {other}")
             if len(report["queries"]) != len(report["reference_loss"]):
                 raise ValueError(f"{path}: expected a reference loss for each query")
             for row in report["rows"]:

@@ -452,9 +452,9 @@ def test_removals_of_restored_models_are_added_to_a_report(retrained, scores, tm
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"recipe": {}}, "expected a report with recipe"),
-        ({"inputs": {"model": "0"}}, "expected a report with inputs"),
-        ({"queries": [0]}, "expected a report with queries"),
+        ({"recipe": {"bins": 7}}, "expected a report of the same, found another recipe.bins: 7, not 2"),
+        ({"inputs": {"model": "0"}}, "found another inputs.model: 0, not "),
+        ({"queries": [0]}, "found another queries: [0], not [0, "),
         ({"reference_loss": [1.0]}, "expected a reference loss for each query"),
         ({"rows": [{"method": "first"}]}, "found a damaged one ('models')"),
         ({"rows": [{"models": [], "queries": [0]}]}, "expected models of each query and an effect"),
