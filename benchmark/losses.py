@@ -208,29 +208,30 @@ def export_losses(testbed: Retrainable) -> Path:
     lacks; returns its path. `ValueError` if the cache has none, or if the earlier export is of other data.
     """
     cached, path = CachedLosses(testbed), export_path(testbed)
+    files = sorted(cached.collection.folder.glob("without_*_seed_*.npz"))
+    if not files:
+        raise ValueError(f"{cached.collection.folder}: expected retrained models, found none")
     names = [f"losses_{split}" for split in testbed.judged]
-    models: dict[Retraining, tuple[np.ndarray, ...]] = {}
+    models: dict[str, dict[str, np.ndarray]] = {}
     if path.is_file():
         export = _own_export(testbed)
-        stored = zip(export.jobs(), *(export.arrays[name] for name in names), strict=True)
-        models = {job: tuple(losses) for job, *losses in stored}
-    jobs = cached.jobs()
-    if not jobs:
-        raise ValueError(f"{cached.collection.folder}: expected retrained models, found none")
-    models |= dict(zip(jobs, zip(*(cached.of(jobs, split) for split in testbed.judged), strict=True), strict=True))
-    ordered = sorted(models, key=lambda job: job.name)
-    bits = np.zeros((len(ordered), cached.images), bool)
-    for row, job in zip(bits, ordered, strict=True):
-        row[list(job.removed)] = True
+        for job in export.jobs():
+            losses = {name: export.arrays[name][export.rows[job.name]] for name in names}
+            models[job.name] = {"removed": np.asarray(job.removed, np.int32), **losses}
+    models |= {file.name: load_npz(file, ("removed", *names)) for file in files}
+    found = [models[name] for name in sorted(models)]
+    bits = np.zeros((len(found), cached.images), bool)
+    for row, arrays in zip(bits, found, strict=True):
+        row[arrays["removed"]] = True
     columns = {
-        "names": np.array([job.name for job in ordered]),
-        "seeds": np.array([job.seed for job in ordered]),
+        "names": np.array(sorted(models)),
+        "seeds": np.array([seed_of(name) for name in sorted(models)]),
         "removed": np.packbits(bits, axis=1),
         "images": np.array(cached.images),
         "sets_training": np.array(cached.sets("training")),
     }
-    for place, split in enumerate(testbed.judged):
-        columns[names[place]] = np.stack([models[job][place] for job in ordered])
+    for split in testbed.judged:
+        columns[f"losses_{split}"] = np.stack([arrays[f"losses_{split}"] for arrays in found])
         columns[f"concepts_{split}"] = np.array(cached.concepts(split))
         columns[f"sets_{split}"] = np.array(cached.sets(split))
     inputs = _judged_inputs(testbed)

@@ -184,6 +184,14 @@ def removal_config(args: argparse.Namespace) -> RemovalConfig:
     return RemovalConfig(args.queries, args.seeds, args.references, args.null, levels, args.encoder)
 
 
+def foundation(testbed: Retrainable, queries: list[int], config: RemovalConfig) -> dict[str, Any]:
+    """What the numbers of a report rest on; its K are those of its rows."""
+    compared = asdict(config)
+    del compared["levels"]
+    inputs, recipe = score_inputs(testbed, "test"), settings_of(testbed, RetrainConfig())
+    return {"mode": testbed.name, "config": compared, "inputs": inputs, "recipe": recipe, "queries": queries}
+
+
 @command_line
 def main(argv: list[str] | None = None) -> None:
     """Command line: see the module's docstring."""
@@ -219,14 +227,6 @@ def main(argv: list[str] | None = None) -> None:
     compared = {"reference_loss": [effects.reference.loss[query] for query in queries]}
     report = rests_on | compared | {"rows": rows, "pairs": paired(rows), "environment": environment()}
     save_json(args.output, report)
-
-
-def foundation(testbed: Retrainable, queries: list[int], config: RemovalConfig) -> dict[str, Any]:
-    """What the numbers of a report rest on; its K are those of its rows."""
-    compared = asdict(config)
-    del compared["levels"]
-    inputs, recipe = score_inputs(testbed, "test"), settings_of(testbed, RetrainConfig())
-    return {"mode": testbed.name, "config": compared, "inputs": inputs, "recipe": recipe, "queries": queries}
 
 
 if __name__ == "__main__":

@@ -435,7 +435,7 @@ def test_removals_of_restored_models_are_added_to_a_report(retrained, scores, tm
     assert len(kept.removals) == len(drawn.removals) + 2 * 2
     assert [(pair["first"], pair["second"]) for pair in grown["pairs"]] == [("first", "added")] * 2
     np.testing.assert_allclose(grown["reference_loss"], before["reference_loss"])
-    # the same models, trained here: the pictures that they draw are those that the first report holds
+    # ΔL rests on the reference of the first report
     here = load_npz(losses.folder_of(retrained) / rows["first", 3]["models"][0][0], ("losses_test",))["losses_test"]
     query = rows["first", 3]["queries"][0]
     assert rows["first", 3]["delta_loss"]["per_query"][0] == pytest.approx(here[query] - before["reference_loss"][0])
