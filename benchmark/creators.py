@@ -3,6 +3,7 @@
     python -m benchmark.retrain reference --models 4
     python -m benchmark.retrain creators --models 3             # every creator removed in turn, three seeds each
     python -m benchmark.creators data/emoji-mini/scores/*.npy   # prints the table, writes results/creators/
+    python -m benchmark.creators data/emoji-mini/scores/mine.npy --add    # keeps what the report has of others
 
 The true effect of a creator on a query is the rise of the query's loss when the model is trained from scratch without
 the creator's images, over the mean of the reference models, averaged over seeds. A method predicts it by the sum of its
@@ -24,6 +25,7 @@ import numpy as np
 from abu.testbed import testbed_from
 from benchmark.lds import correlate, judged_path
 from benchmark.losses import Losses, open_losses
+from benchmark.reports import add_add_flag, foundation, load_report, with_rows
 from benchmark.retrain import add_judge_flags, references, without_creators
 from fastgda.core import command_line, command_parser, environment, save_json
 from fastgda.metrics import bootstrap_interval
@@ -99,9 +101,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--models", type=int, default=3, help="seeds of each removal (default: 3)")
     parser.add_argument("--references", type=int, default=4, help="models trained on everything (default: 4)")
     parser.add_argument("--output", type=Path, help="default: results/creators/creators[_<split>].json")
+    add_add_flag(parser)
     args = parser.parse_args(argv)
     testbed = testbed_from(args)
     stored = open_losses(testbed)
+    output = args.output or judged_path("creators/creators", args.split)
+    rests_on = {"mode": testbed.name, "split": args.split, "models": args.models, "references": args.references}
+    rests_on |= foundation(stored, args.split)
+    earlier = load_report(output, rests_on, "python -m benchmark.creators")["rows"] if args.add else []
     effects = load_effects(stored, args.split, args.models, args.references)
     sets, concepts = stored.sets("training"), stored.concepts(args.split)
     prompts = named_by_prompt(stored.sets(args.split), effects.names)
@@ -111,19 +118,16 @@ def main(argv: list[str] | None = None) -> None:
         rows.append({"method": path.stem} | agreement(predicted, effects.mean, concepts))
     for row in rows:
         print(f"{row['method']:28s} Spearman {row['spearman']:+.4f}  top-1 {row['top1']:.3f}")
-    report = {
-        "mode": testbed.name,
-        "split": args.split,
-        "models": args.models,
+    report = rests_on | {
         "creators": effects.names,
         "effects": effects.mean.tolist(),
-        "rows": rows,
+        "rows": with_rows(earlier, rows),
         "ceiling": ceiling(effects.change),
         "environment": environment(),
     }
     if report["ceiling"]:
         print(f"{'one seed for the others':28s} Spearman {report['ceiling']['spearman']:+.4f}")
-    save_json(args.output or judged_path("creators/creators", args.split), report)
+    save_json(output, report)
 
 
 if __name__ == "__main__":

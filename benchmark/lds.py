@@ -2,6 +2,7 @@
 
     python -m benchmark.retrain halves --models 64           # and `again`, for the ceiling
     python -m benchmark.lds data/emoji-mini/scores/*.npy     # [Q, N] each; prints the table, writes results/lds/
+    python -m benchmark.lds data/emoji-mini/scores/mine.npy --add      # keeps what the report has of others
 
 M models are trained on random halves S_m of the training set. For one query the score is the Spearman correlation over
 the models between the loss of the query under model m and −Σ_{i ∈ S_m} score_i; the LDS is the mean over queries. How
@@ -24,6 +25,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from benchmark.losses import Losses, open_losses
+from benchmark.reports import add_add_flag, foundation, load_report, with_rows
 from benchmark.retrain import again, random_halves
 from benchmark.retrainable import Retrainable, add_retrainable_flags, require_judged, retrainable_from
 from benchmark.retrainer import Retraining
@@ -160,10 +162,15 @@ class Judge:
         first, second = (self.stored.of(jobs, self.split) for jobs in (twice, again(twice)))
         return ceiling(first, second, self.concepts, self.truth) | {"models": len(twice)}
 
+    @property
+    def foundation(self) -> dict[str, Any]:
+        """What the numbers of a report rest on."""
+        judged = {"mode": self.testbed.name, "split": self.split, "models": self.models, "truth": self.truth}
+        return judged | foundation(self.stored, self.split)
+
     def report(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Rows with what they were judged by."""
-        judged = {"mode": self.testbed.name, "split": self.split, "models": self.models, "truth": self.truth}
-        return judged | {"ceiling": self.ceiling(), "rows": rows, "environment": environment()}
+        return self.foundation | {"ceiling": self.ceiling(), "rows": rows, "environment": environment()}
 
 
 def judged_path(name: str, split: str) -> Path:
@@ -197,18 +204,21 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--models", type=int, default=64, help="models trained on halves (default: 64)")
     add_truth_flag(parser)
     parser.add_argument("--output", type=Path, help="default: results/lds/lds[_<split>].json")
+    add_add_flag(parser)
     args = parser.parse_args(argv)
     testbed = retrainable_from(args)
     require_judged(testbed, args.split)
     judge, rows = Judge(testbed, args.split, args.models, args.truth), []
+    output = args.output or judged_path("lds/lds", args.split)
+    earlier = load_report(output, judge.foundation, "python -m benchmark.lds")["rows"] if args.add else []
     for path in args.scores:
         scores = judge.stored.scores(path, args.split)
         rows.append({"method": path.stem} | judge(scores) | {"sharpened": judge(sharpened(scores))})
         print(lds_line(path.stem, rows[-1]) + f"  sharpened {rows[-1]['sharpened']['lds']:+.4f}")
-    report = judge.report(rows)
+    report = judge.report(with_rows(earlier, rows))
     if report["ceiling"] is not None:
         print(lds_line("ceiling", report["ceiling"]))
-    save_json(args.output or judged_path("lds/lds", args.split), report)
+    save_json(output, report)
 
 
 if __name__ == "__main__":

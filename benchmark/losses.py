@@ -66,6 +66,13 @@ class Losses(Protocol):
     def images(self) -> int:
         """N, the number of training images."""
 
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What the models are trained and measured with."""
+
+    def made_from(self, split: str) -> dict[str, str]:
+        """Hashes of what scores of the queries of a split are made from (`benchmark.scores.score_inputs`)."""
+
     def concepts(self, split: str) -> list[str]:
         """Concepts of the queries of a split."""
 
@@ -109,6 +116,15 @@ class CachedLosses:
         """See `Losses`."""
         return self.testbed.images
 
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """See `Losses`."""
+        return settings_of(self.testbed, RetrainConfig())
+
+    def made_from(self, split: str) -> dict[str, str]:
+        """See `Losses`."""
+        return score_inputs(self.testbed, split)
+
     def concepts(self, split: str) -> list[str]:
         """See `Losses`."""
         return self.testbed.query_concepts(split)
@@ -143,7 +159,8 @@ class ExportedLosses:
     def __init__(self, testbed: Retrainable) -> None:
         self.testbed, self.path = testbed, export_path(testbed)
         manifest = read_manifest(self.path)
-        difference = manifest_difference(self.path, settings_of(testbed, RetrainConfig()), manifest["inputs"])
+        self.recipe = settings_of(testbed, RetrainConfig())
+        difference = manifest_difference(self.path, self.recipe, manifest["inputs"])
         if difference is not None:
             raise ValueError(f"{self.path}: expected the losses of the recipe of now, found others ({difference})")
         self.inputs: dict[str, str] = manifest["inputs"]
@@ -156,6 +173,10 @@ class ExportedLosses:
     def images(self) -> int:
         """See `Losses`."""
         return int(self.arrays["images"])
+
+    def made_from(self, split: str) -> dict[str, str]:
+        """See `Losses`."""
+        return {"training": self.inputs["training"], "queries": self.inputs[split], "model": self.inputs["model"]}
 
     def concepts(self, split: str) -> list[str]:
         """See `Losses`."""
@@ -193,9 +214,8 @@ class ExportedLosses:
 
     def scores(self, path: Path, split: str) -> np.ndarray:
         """See `Losses`."""
-        wanted = {"training": self.inputs["training"], "queries": self.inputs[split], "model": self.inputs["model"]}
         shape = (len(self.concepts(split)), self.images)
-        return read_scores(path, shape, wanted, f"{self.testbed.name}, {split} queries")
+        return read_scores(path, shape, self.made_from(split), f"{self.testbed.name}, {split} queries")
 
 
 def seed_of(name: str) -> int:

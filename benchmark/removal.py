@@ -38,13 +38,14 @@ import numpy as np
 
 from abu.plan import Collection
 from benchmark.coco import COCO
-from benchmark.losses import collection_of, settings_of
+from benchmark.losses import CachedLosses, collection_of
 from benchmark.removal_effects import RANDOM, Plan, RemovalEffects
 from benchmark.removal_report import PICTURES, Earlier, paired, removal_line, summarise
+from benchmark.reports import add_add_flag, foundation
 from benchmark.retrain import add_training_flags, models_done, references, train_models
 from benchmark.retrainable import Retrainable, add_retrainable_flags, retrainable_from
 from benchmark.retrainer import RetrainConfig, Retraining
-from benchmark.scores import load_scores, score_inputs
+from benchmark.scores import load_scores
 from fastgda.core import ROOT, command_line, command_parser, environment, save_json
 from fastgda.dataset import COCO_LEVELS
 from fastgda.rankings import top
@@ -155,7 +156,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--output", type=Path, default=ROOT / "results/removal/removal.json")
     add_training_flags(made)
     made.add_argument("--dry_run", action="store_true", help="count the models that are missing; train none")
-    made.add_argument("--add", action="store_true", help="report: add to the one at --output instead of replacing it")
+    add_add_flag(made)
     return made
 
 
@@ -184,12 +185,12 @@ def removal_config(args: argparse.Namespace) -> RemovalConfig:
     return RemovalConfig(args.queries, args.seeds, args.references, args.null, levels, args.encoder)
 
 
-def foundation(testbed: Retrainable, queries: list[int], config: RemovalConfig) -> dict[str, Any]:
+def report_foundation(testbed: Retrainable, queries: list[int], config: RemovalConfig) -> dict[str, Any]:
     """What the numbers of a report rest on; its K are those of its rows."""
     compared = asdict(config)
     del compared["levels"]
-    inputs, recipe = score_inputs(testbed, "test"), settings_of(testbed, RetrainConfig())
-    return {"mode": testbed.name, "config": compared, "inputs": inputs, "recipe": recipe, "queries": queries}
+    rests_on = {"mode": testbed.name, "config": compared, "queries": queries}
+    return rests_on | foundation(CachedLosses(testbed), "test")
 
 
 @command_line
@@ -207,7 +208,7 @@ def main(argv: list[str] | None = None) -> None:
             train_models(testbed, collection, jobs, args)
         print(models_done(collection, "removals", jobs))
         return
-    rests_on = foundation(testbed, queries, config)
+    rests_on = report_foundation(testbed, queries, config)
     earlier = Earlier.load(args.output, rests_on) if args.add else None
     reference = None if earlier is None else earlier.reference
     effects = RemovalEffects(testbed, collection, queries, config.references, config.encoder, reference)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -11,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from benchmark.removal_effects import EFFECTS, RANDOM, Plan, Reference, RemovalEffects
+from benchmark.reports import load_report
 from benchmark.retrainer import Retraining
-from fastgda.core import require_file
 from fastgda.metrics import bootstrap_interval, standard_error
 from serving.retrained import Retrained
 
+MADE_BY = "python -m benchmark.removal report"
 PICTURES = "pictures.npz"
 """The models' pictures, beside the report."""
 
@@ -70,15 +70,6 @@ def effects_of(row: dict[str, Any]) -> set[str]:
     return {key for key in EFFECTS if key in row}
 
 
-def difference(wanted: Any, found: Any, name: str) -> str | None:
-    """The first difference of two values read from JSON, in words: where in `name` it is, and both."""
-    if isinstance(wanted, dict) and isinstance(found, dict):
-        keys = sorted(wanted.keys() | found.keys())
-        inside = (difference(wanted.get(key), found.get(key), f"{name}.{key}") for key in keys)
-        return next((text for text in inside if text is not None), None)
-    return None if wanted == found else f"{name}: {found}, not {wanted}"
-
-
 @dataclass(frozen=True)
 class Earlier:
     """A report that is added to."""
@@ -90,20 +81,15 @@ class Earlier:
     @classmethod
     def load(cls, path: Path, identity: dict[str, Any]) -> Earlier:
         """That at `path`; `ValueError` if it is damaged, or differs from `identity` in what its numbers rest on."""
+        report = load_report(path, identity, MADE_BY)
         try:
-            report = json.loads(require_file(path, "python -m benchmark.removal report without --add").read_text())
-            for key, value in json.loads(json.dumps(identity)).items():
-                if (other := difference(value, report[key], key)) is not None:
-                    raise ValueError(f"{path}: expected a report of the same, found another {other}")
             if len(report["queries"]) != len(report["reference_loss"]):
                 raise ValueError(f"{path}: expected a reference loss for each query")
             for row in report["rows"]:
                 if len(row["models"]) != len(row["queries"]) or not effects_of(row):
                     raise ValueError(f"{path}: expected models of each query and an effect, found none of some")
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path}: expected a report of benchmark.removal, found a damaged one ({error})"
-            ) from error
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path}: expected a report of {MADE_BY}, found a damaged one ({error})") from error
         beside = path.with_name(PICTURES)
         kept = Retrained.load(beside) if beside.is_file() else None
         if kept is not None and len(kept.captions) != len(report["queries"]):

@@ -266,6 +266,15 @@ def read_manifest(artifact: str | Path) -> dict[str, Any]:
     return manifest
 
 
+def first_difference(wanted: Any, found: Any, name: str) -> str | None:
+    """Where two values of JSON differ first, in words: the place within `name`, and both; `None` if they are equal."""
+    if isinstance(wanted, dict) and isinstance(found, dict):
+        keys = sorted(wanted.keys() | found.keys())
+        inside = (first_difference(wanted.get(key), found.get(key), f"{name}.{key}") for key in keys)
+        return next((text for text in inside if text is not None), None)
+    return None if wanted == found else f"{name} is {found!r}, wanted {wanted!r}"
+
+
 def manifest_difference(artifact: str | Path, config: Any, inputs: Mapping[str, str] | None = None) -> str | None:
     """Why `artifact` cannot be reused for `config` and `inputs`: the first difference in words; `None` if it can."""
     artifact = Path(artifact)
@@ -275,10 +284,8 @@ def manifest_difference(artifact: str | Path, config: Any, inputs: Mapping[str, 
         return f"{manifest_path(artifact)} does not exist"
     manifest = read_manifest(artifact)
     for field, wanted in (("config", _config(config)), ("inputs", dict(inputs or {}))):
-        found = manifest[field]
-        for key in sorted(wanted.keys() | found.keys()):
-            if wanted.get(key) != found.get(key):
-                return f"{field}.{key} is {found.get(key)!r}, wanted {wanted.get(key)!r}"
+        if (difference := first_difference(wanted, manifest[field], field)) is not None:
+            return difference
     folder = artifact if artifact.is_dir() else artifact.parent
     for name, entry in manifest["files"].items():
         size = (folder / name).stat().st_size if (folder / name).is_file() else None

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastgda.core import atomic_path
+from fastgda.core import atomic_path, first_difference
 from fastgda.dataset import Split
 from fastgda.recipes import TrainConfig
 
@@ -34,9 +34,8 @@ def load_checkpoint(path: Path, identity: dict[str, Any], device: torch.device) 
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise ValueError(f"{path}: expected a checkpoint, found a damaged file; delete it ({error})") from error
     for part, wanted in identity.items():
-        if saved["identity"][part] != wanted:
-            found = _difference(wanted, saved["identity"][part])
-            raise ValueError(f"{path}: expected {part} of this run, found {found}; delete it")
+        if (difference := first_difference(wanted, saved["identity"][part], part)) is not None:
+            raise ValueError(f"{path}: expected a checkpoint of this run, found another: {difference}; delete it")
     return saved
 
 
@@ -54,10 +53,3 @@ def _digest(images: np.ndarray, *splits: Split) -> str:
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in config.items()}
-
-
-def _difference(wanted: Any, found: Any) -> str:
-    if not isinstance(wanted, dict):
-        return f"{found!r}, wanted {wanted!r}"
-    name = next(key for key in wanted if found.get(key) != wanted[key])
-    return f"{name} {found.get(name)!r}, wanted {wanted[name]!r}"

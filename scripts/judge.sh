@@ -91,7 +91,7 @@ done
 step "its rankings" python -m benchmark.distil das-selected
 learn=(--rank_file data/emoji-mini/influence_das-selected_train.npz)
 learn+=(--val_rank_file data/emoji-mini/influence_das-selected_val.npz)
-for feature in minilm effnet+minilm; do
+for feature in "${features[@]}"; do
     train das-$feature $feature --lr 3e-4 "${learn[@]}"
     tuned=(tuned --ftype $feature --checkpoint $rankers/das-$feature.pth)
     step "scores of its ranker" python -m benchmark.methods "${tuned[@]}" --name tuned-das-$feature

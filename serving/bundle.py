@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 from fastgda.core import (
     command_line,
     command_parser,
+    first_difference,
     load_npy,
     manifest_path,
     read_manifest,
@@ -79,8 +80,8 @@ class Bundle:
         found = identity(
             encoder["ftype"], weights, encoder.get("join", "normalised"), encoder.get("precision", "float32")
         )
-        if found != encoder:
-            raise ValueError(f"{path}: expected {_difference(encoder, found)}")
+        if (difference := first_difference(encoder, found, "encoder")) is not None:
+            raise ValueError(f"{path}: expected the encoder that the bundle was made with, found another: {difference}")
         ranker = credit = None
         if config["ranker"] != COSINE:
             ranker = load_ranker(path / RANKER, in_dim=_width(encoder))
@@ -202,17 +203,6 @@ def _width(encoder: dict[str, Any]) -> int:
 
 def _columns(path: Path) -> list[str]:
     return pq.read_schema(require_file(path)).names
-
-
-def _difference(wanted: dict[str, Any], found: dict[str, Any], name: str = "encoder") -> str:
-    """The first place where two identities differ, in words."""
-    for key in sorted(wanted.keys() | found.keys()):
-        mine, other = wanted.get(key), found.get(key)
-        if isinstance(mine, dict) and isinstance(other, dict) and mine != other:
-            return _difference(mine, other, f"{name}.{key}")
-        if mine != other:
-            return f"{name}.{key} {mine!r}, as the bundle was made, found {other!r}"
-    raise AssertionError("identities are equal")
 
 
 @command_line

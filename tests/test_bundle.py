@@ -149,7 +149,7 @@ def test_parts_of_others_are_refused(data: Path, bundle: Path, tmp_path: Path, c
     manifest = own / "manifest.json"
     original = manifest.read_text()
     manifest.write_text(original.replace('"pixels": 16', '"pixels": 8'))
-    with pytest.raises(ValueError, match=r"encoder.parts.pixel.pixels 8, as the bundle was made, found 16"):
+    with pytest.raises(ValueError, match=r"found another: encoder.parts.pixel.pixels is 16, wanted 8"):
         Attributor.from_pretrained(own)
     manifest.write_text(original)
     torch.manual_seed(5)

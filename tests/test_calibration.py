@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,9 +26,13 @@ class Planted:
     def __init__(self, unit: float = 0.25) -> None:
         random = np.random.default_rng(0)
         self.influence = {split: random.normal(size=(count, IMAGES)) for split, count in (("val", 6), ("test", 8))}
+        self.recipe: dict[str, Any] = {"unit": unit}
         self.unit = unit
         self.extra = [Retraining((1, 4, 7), 0), Retraining((2, 3, 9), 1), Retraining((5,), 0)]
         self.known = [*references(REFERENCES), *without_creators(SETS, MODELS), *random_halves(IMAGES, 4), *self.extra]
+
+    def made_from(self, split: str) -> dict[str, str]:
+        return {"queries": split}
 
     def concepts(self, split: str) -> list[str]:
         return [f"{split} {row // 2}" for row in range(len(self.influence[split]))]

@@ -240,6 +240,38 @@ def test_lds_command_reports_ceiling_and_sign(retrained, scores, tmp_path, capsy
     assert report["mode"] == "emoji-mini" and report["truth"] == "both"
 
 
+@pytest.mark.parametrize(
+    ("judge", "flags"), [(lds, ["--models", str(HALVES)]), (creators, ["--models", "2", "--references", "2"])]
+)
+def test_rows_are_added_to_a_report_of_the_same(retrained, scores, tmp_path, capsys, judge, flags):
+    whole, grown = tmp_path / "whole.json", tmp_path / "grown.json"
+    names = [str(path) for path in scores]
+    assert judge.main([*names, *flags, "--output", str(whole)]) == 0
+    flags = [*flags, "--output", str(grown)]
+    assert judge.main([names[1], *flags, "--add"]) == 2
+    assert "grown.json: expected a file, found nothing" in capsys.readouterr().err
+    assert judge.main([names[0], *flags]) == 0
+    assert judge.main([names[1], *flags, "--add"]) == 0
+    assert json.loads(grown.read_text()) == json.loads(whole.read_text())
+    save_scores(retrained, "first", "test", -np.load(scores[0]), {}, "test")
+    assert judge.main([names[0], *flags, "--add"]) == 0
+    before, after = (json.loads(path.read_text())["rows"] for path in (whole, grown))
+    assert [row["method"] for row in after] == [row["method"] for row in before]
+    assert [row["method"] for row, old in zip(after, before, strict=True) if row != old] == ["first"]
+    report = json.loads(grown.read_text())
+    for change, message in (
+        ({"split": "val"}, "expected a report of the same, found another: split is 'val', wanted 'test'"),
+        ({"inputs": {"model": "0"}}, "found another: inputs.model is '0', wanted "),
+        ({"recipe": report["recipe"] | {"draws": 3}}, "found another: recipe.draws is 3, wanted "),
+        ({"models": 1}, "found another: models is 1, wanted "),
+        ({"rows": [{}]}, "expected a report of python -m benchmark."),
+    ):
+        grown.write_text(json.dumps(report | change))
+        kept = grown.read_bytes()
+        assert judge.main([names[1], *flags, "--add"]) == 2
+        assert message in capsys.readouterr().err and grown.read_bytes() == kept
+
+
 def test_an_export_judges_as_the_models_do_and_needs_no_data(retrained, scores, tmp_path, capsys):
     assert retrain.main(["export"]) == 0
     alone = replace(retrained, root=tmp_path / "clone")
@@ -264,7 +296,7 @@ def test_an_export_judges_as_the_models_do_and_needs_no_data(retrained, scores, 
         loop = replace(retrained.diffusion_loop, steps=4)
         patch.setitem(TESTBEDS, "emoji-mini", replace(retrained, diffusion_loop=loop))
         assert lds.main([files[1], *flags, "--root", str(alone.root)]) == 2
-    assert "expected the losses of the recipe of now, found others (config.loop is" in capsys.readouterr().err
+    assert "expected the losses of the recipe of now, found others (config.loop.steps is" in capsys.readouterr().err
 
 
 def test_exported_models_are_restored_and_need_no_second_training(retrained, tmp_path, capsys):
@@ -452,12 +484,12 @@ def test_removals_of_restored_models_are_added_to_a_report(retrained, scores, tm
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"recipe": {"bins": 7}}, "expected a report of the same, found another recipe.bins: 7, not 2"),
-        ({"inputs": {"model": "0"}}, "found another inputs.model: 0, not "),
-        ({"queries": [0]}, "found another queries: [0], not [0, "),
+        ({"recipe": {"bins": 7}}, "expected a report of the same, found another: recipe.bins is 7, wanted 2"),
+        ({"inputs": {"model": "0"}}, "found another: inputs.model is '0', wanted "),
+        ({"queries": [0]}, "found another: queries is [0], wanted [0, "),
         ({"reference_loss": [1.0]}, "expected a reference loss for each query"),
         ({"rows": [{"method": "first"}]}, "found a damaged one ('models')"),
-        ({"rows": [{"models": [], "queries": [0]}]}, "expected models of each query and an effect"),
+        ({"rows": [{"method": "first", "models": [], "queries": [0]}]}, "expected models of each query and an effect"),
         (None, "found a damaged one"),
     ],
 )

@@ -101,14 +101,17 @@ def test_interrupted_run_goes_on_from_its_last_checkpoint(problem, tmp_path, mon
 
 def test_checkpoint_of_another_run_is_refused(problem, tmp_path):
     make_trainer(problem, SMALL, tmp_path).run(stop_after_steps=1)
-    with pytest.raises(ValueError, match=r"checkpoint\.pt: expected config of this run, found lr 0\.001, wanted 0\.5"):
+    with pytest.raises(
+        ValueError,
+        match=r"checkpoint\.pt: expected a checkpoint of this run, found another: config\.lr is 0\.001, wanted 0\.5",
+    ):
         make_trainer(problem, replace(SMALL, lr=0.5), tmp_path)
-    with pytest.raises(ValueError, match="expected data of this run"):
+    with pytest.raises(ValueError, match="found another: data is '"):
         make_trainer(planted(seed=1), SMALL, tmp_path)
     images, splits = problem
     train = splits["train"]
     scored = replace(train, rankings=replace(train.rankings, score=train.rankings.score * 2))
-    with pytest.raises(ValueError, match="expected data of this run"):
+    with pytest.raises(ValueError, match="found another: data is '"):
         make_trainer((images, splits | {"train": scored}), SMALL, tmp_path)
     path = tmp_path / "checkpoint.pt"
     path.write_bytes(path.read_bytes()[:500])
