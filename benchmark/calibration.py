@@ -28,6 +28,7 @@ from benchmark.lds import seen_by
 from benchmark.losses import Losses, open_losses
 from benchmark.retrain import add_judge_flags, random_halves, references, without_creators
 from benchmark.retrainer import Retraining
+from benchmark.scores import by_method
 from fastgda.core import ROOT, command_line, command_parser, environment, save_json
 from fastgda.metrics import bootstrap_interval
 
@@ -128,14 +129,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--references", type=int, default=4, help="models trained on everything (default: 4)")
     parser.add_argument("--output", type=Path, default=ROOT / "results/calibration/calibration.json")
     args = parser.parse_args(argv)
-    testbed = testbed_from(args)
+    testbed, files = testbed_from(args), by_method(args.scores)
     stored = open_losses(testbed)
     judge, rows = Judge(stored, args.models, args.references), []
-    for path in args.scores:
+    for name, path in files.items():
         unit = judge.unit(stored.scores(path.parent / "val" / path.name, "val"))
-        rows.append({"method": path.stem, "unit": unit, "groups": judge.rows(unit * stored.scores(path, "test"))})
-        for name, row in rows[-1]["groups"].items():
-            print(f"{path.stem:30s} {name:12s} slope {row['slope']:+.3f}  R^2 {row['r_squared']:+.3f}", end="")
+        groups = judge.rows(unit * stored.scores(path, "test"))
+        rows.append({"method": name, "unit": unit, "groups": groups})
+        for group, row in groups.items():
+            print(f"{name:30s} {group:12s} slope {row['slope']:+.3f}  R^2 {row['r_squared']:+.3f}", end="")
             print(f"  error of a share {row['absolute_error']:.4f}" if "absolute_error" in row else "")
     baselines = judge.baselines()
     print(*(f"{name:43s} error of a share {row['absolute_error']:.4f}" for name, row in baselines.items()), sep="\n")

@@ -27,6 +27,7 @@ from benchmark.lds import correlate, judged_path
 from benchmark.losses import Losses, open_losses
 from benchmark.reports import add_add_flag, foundation, load_report, with_rows
 from benchmark.retrain import add_judge_flags, references, without_creators
+from benchmark.scores import by_method
 from fastgda.core import command_line, command_parser, environment, save_json
 from fastgda.metrics import bootstrap_interval
 
@@ -103,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="default: results/creators/creators[_<split>].json")
     add_add_flag(parser)
     args = parser.parse_args(argv)
-    testbed = testbed_from(args)
+    testbed, files = testbed_from(args), by_method(args.scores)
     stored = open_losses(testbed)
     output = args.output or judged_path("creators/creators", args.split)
     rests_on = {"mode": testbed.name, "split": args.split, "models": args.models, "references": args.references}
@@ -113,9 +114,9 @@ def main(argv: list[str] | None = None) -> None:
     sets, concepts = stored.sets("training"), stored.concepts(args.split)
     prompts = named_by_prompt(stored.sets(args.split), effects.names)
     rows = [{"method": PROMPT} | agreement(prompts, effects.mean, concepts)]
-    for path in args.scores:
+    for name, path in files.items():
         predicted = by_creator(stored.scores(path, args.split), sets, effects.names)
-        rows.append({"method": path.stem} | agreement(predicted, effects.mean, concepts))
+        rows.append({"method": name} | agreement(predicted, effects.mean, concepts))
     for row in rows:
         print(f"{row['method']:28s} Spearman {row['spearman']:+.4f}  top-1 {row['top1']:.3f}")
     report = rests_on | {

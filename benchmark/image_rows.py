@@ -23,7 +23,7 @@ from benchmark.losses import collection_of
 from benchmark.removal import judged_queries, levels_of, removed_by
 from benchmark.retrain import add_judge_flags, references
 from benchmark.retrainer import LATENTS, RetrainConfig, Retraining, decoded
-from benchmark.scores import load_scores
+from benchmark.scores import by_method, load_scores
 from fastgda.core import ROOT, atomic_path, best_device, command_line, command_parser, load_npz
 from fastgda.rankings import top
 from feature_extraction.readers import read_split
@@ -67,7 +67,7 @@ def draw_rows(
     level: int | None = None,
 ) -> None:
     """Writes rows_<query>.png into `output` for the chosen queries: one row of `count` images for each score file."""
-    scores = {path.stem: load_scores(path, testbed, "test") for path in paths}
+    scores = {name: load_scores(path, testbed, "test") for name, path in by_method(paths).items()}
     training, queries = read_split(testbed.data, "data"), read_split(testbed.data, "test_query")
     chosen = chosen or judged_queries(testbed)[:3]
     if not all(0 <= query < len(queries) for query in chosen):

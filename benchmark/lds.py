@@ -29,6 +29,7 @@ from benchmark.reports import add_add_flag, foundation, load_report, with_rows
 from benchmark.retrain import again, random_halves
 from benchmark.retrainable import Retrainable, add_retrainable_flags, require_judged, retrainable_from
 from benchmark.retrainer import Retraining
+from benchmark.scores import by_method
 from fastgda.core import ROOT, command_line, command_parser, environment, save_json
 from fastgda.metrics import bootstrap_interval, standard_error
 
@@ -211,10 +212,10 @@ def main(argv: list[str] | None = None) -> None:
     judge, rows = Judge(testbed, args.split, args.models, args.truth), []
     output = args.output or judged_path("lds/lds", args.split)
     earlier = load_report(output, judge.foundation, "python -m benchmark.lds")["rows"] if args.add else []
-    for path in args.scores:
+    for name, path in by_method(args.scores).items():
         scores = judge.stored.scores(path, args.split)
-        rows.append({"method": path.stem} | judge(scores) | {"sharpened": judge(sharpened(scores))})
-        print(lds_line(path.stem, rows[-1]) + f"  sharpened {rows[-1]['sharpened']['lds']:+.4f}")
+        rows.append({"method": name} | judge(scores) | {"sharpened": judge(sharpened(scores))})
+        print(lds_line(name, rows[-1]) + f"  sharpened {rows[-1]['sharpened']['lds']:+.4f}")
     report = judge.report(with_rows(earlier, rows))
     if report["ceiling"] is not None:
         print(lds_line("ceiling", report["ceiling"]))

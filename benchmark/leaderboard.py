@@ -38,7 +38,7 @@ from benchmark.removal_report import effect_columns, summarise
 from benchmark.retrain import add_training_flags, train_models
 from benchmark.retrainable import Retrainable, add_retrainable_flags, retrainable_from
 from benchmark.retrainer import RetrainConfig, Retraining
-from benchmark.scores import load_scores
+from benchmark.scores import by_method, load_scores
 from fastgda.core import ROOT, command_line, command_parser, environment, load_npz, save_json, sha256_file
 from fastgda.dataset import default_levels, layout
 from fastgda.metrics import bootstrap_interval, score_retrieval
@@ -148,8 +148,8 @@ def main(argv: list[str] | None = None) -> None:
     add_training_flags(parser)
     args = parser.parse_args(argv)
     testbed = retrainable_from(args)
-    for path in args.scores:
-        save_json(args.board / f"{path.stem}.json", judge_file(path, testbed, args))
+    for name, path in by_method(args.scores).items():
+        save_json(args.board / f"{name}.json", judge_file(path, testbed, args))
     rows = [json.loads(path.read_text()) for path in sorted(args.board.glob("*.json"))]
     rows = [row for row in rows if row["mode"] == testbed.name]
     if not rows:

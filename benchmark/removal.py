@@ -45,7 +45,7 @@ from benchmark.reports import add_add_flag, foundation
 from benchmark.retrain import add_training_flags, models_done, references, train_models
 from benchmark.retrainable import Retrainable, add_retrainable_flags, retrainable_from
 from benchmark.retrainer import RetrainConfig, Retraining
-from benchmark.scores import load_scores
+from benchmark.scores import by_method, load_scores
 from fastgda.core import ROOT, command_line, command_parser, environment, save_json
 from fastgda.dataset import COCO_LEVELS
 from fastgda.rankings import top
@@ -199,7 +199,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     testbed, config = retrainable_from(args), removal_config(args)
     collection = collection_of(testbed, RetrainConfig())
-    scores = {path.stem: load_scores(path, testbed, "test") for path in args.scores}
+    scores = {name: load_scores(path, testbed, "test") for name, path in by_method(args.scores).items()}
     queries = judged_queries(testbed, config.queries)
     plan = removal_plan(scores, queries, testbed.images, config)
     if args.what == "run":

@@ -8,6 +8,7 @@ scores of another model or dataset are refused.
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,15 @@ def save_scores(
     save_npy(path, scores.astype(np.float32))
     write_manifest(path, config, command=command, inputs=score_inputs(testbed, split) | inputs)
     return path
+
+
+def by_method(paths: Iterable[Path]) -> dict[str, Path]:
+    """Method -> its score file, which is called like it; `ValueError` if two files have one name."""
+    found: dict[str, Path] = {}
+    for path in paths:
+        if found.setdefault(path.stem, path) != path:
+            raise ValueError(f"{path}: expected a method of another name, found {found[path.stem]} before it")
+    return found
 
 
 def load_scores(path: Path, testbed: Retrainable, split: str) -> np.ndarray:

@@ -272,6 +272,16 @@ def test_rows_are_added_to_a_report_of_the_same(retrained, scores, tmp_path, cap
         assert message in capsys.readouterr().err and grown.read_bytes() == kept
 
 
+@pytest.mark.parametrize("command", [lds, creators, calibration, leaderboard, removal, image_rows])
+def test_two_files_of_one_method_are_refused(retrained, scores, tmp_path, capsys, command):
+    other = save_scores(retrained, "first", "val", np.zeros((QUERIES["val"], IMAGES)), {}, "test")
+    what = ["report"] if command is removal else []
+    where = ["--board"] if command is leaderboard else ["--output"]
+    assert command.main([*what, *map(str, [*scores, other]), *where, str(tmp_path / "nothing")]) == 2
+    assert f"{other}: expected a method of another name, found {scores[0]} before it" in capsys.readouterr().err
+    assert not (tmp_path / "nothing").exists()
+
+
 def test_an_export_judges_as_the_models_do_and_needs_no_data(retrained, scores, tmp_path, capsys):
     assert retrain.main(["export"]) == 0
     alone = replace(retrained, root=tmp_path / "clone")
