@@ -1,8 +1,8 @@
 """Score files: one array [Q, N] for the queries of one split, higher = more influential, and what it was made from.
 
 A file is `.npy`, or `.npz` with `scores` and optionally `train_ids` [N] and `query_ids` [Q], the rows that its columns
-and rows belong to. Its manifest, where it has one, names the hashes of the training set, the queries and the model;
-scores of another model or dataset are refused.
+and rows belong to; what `abu.score` writes for all images and queries is one, too. Its manifest, where it has one,
+names the hashes of the training set, the queries and the model; scores of another model or dataset are refused.
 """
 
 from __future__ import annotations
@@ -25,6 +25,11 @@ from fastgda.core import (
     sha256_file,
     write_manifest,
 )
+
+COLUMNS, FROM_ABU = ("scores", "query_ids", "train_ids"), ("influence", "queries", "ids")
+"""Members of an archive: scores, ids of the queries and of the images; and what `abu.score` calls them."""
+ABU_INPUTS = {"training": "trainset/latents.npy", "queries": "queries/latents.npy"}
+"""What its manifest calls the files of `score_inputs`."""
 
 
 def score_inputs(testbed: Retrainable, split: str) -> dict[str, str]:
@@ -83,28 +88,30 @@ def read_scores(path: Path, shape: tuple[int, int], wanted: dict[str, str], whos
     if manifest_path(path).is_file():
         made_from = read_manifest(path)["inputs"]
         for name, value in wanted.items():
-            if name in made_from and made_from[name] != value:
+            found = made_from.get(name, made_from.get(ABU_INPUTS.get(name, ""), value))
+            if found != value:
                 raise ValueError(
                     f"{path}: expected scores of this testbed ({whose}), "
-                    f"found another {name}: SHA-256 {made_from[name][:12]}…, not {value[:12]}…"
+                    f"found another {name}: SHA-256 {found[:12]}…, not {value[:12]}…"
                 )
     return scores.astype(np.float64)
 
 
 def _with_ids(path: Path, shape: tuple[int, int]) -> np.ndarray:
-    scores = load_npz(path, ("scores",))["scores"]
+    arrays = load_npz(path, (), optional=(*COLUMNS, *FROM_ABU))
+    name, *id_names = FROM_ABU if FROM_ABU[0] in arrays else COLUMNS
+    if name not in arrays:
+        raise ValueError(f"{path}: expected an array called {COLUMNS[0]} or {FROM_ABU[0]}, found neither")
+    scores = arrays[name]
     if scores.shape != shape:
         raise ValueError(f"{path}: expected shape {list(shape)}, found {list(scores.shape)}")
-    with np.load(path, allow_pickle=False) as archive:
-        names = [name for name in ("query_ids", "train_ids") if name in archive]
-    ids = load_npz(path, tuple(names))
-    for axis, name in enumerate(("query_ids", "train_ids")):
-        if name not in ids:
+    for axis, ids in enumerate(id_names):
+        if ids not in arrays:
             continue
-        found, wanted = ids[name], np.arange(shape[axis])
+        found, wanted = arrays[ids], np.arange(shape[axis])
         if found.shape != wanted.shape or not np.array_equal(np.sort(found), wanted):
             unknown = np.setdiff1d(found, wanted)
             what = f"{unknown[0]}" if len(unknown) else f"{len(np.unique(found))} different ones"
-            raise ValueError(f"{path}: expected {name} 0 to {shape[axis] - 1}, each once, found {what}")
+            raise ValueError(f"{path}: expected {ids} 0 to {shape[axis] - 1}, each once, found {what}")
         scores = np.take(scores, np.argsort(found), axis)
     return scores

@@ -49,9 +49,9 @@ from benchmark.gradient_store import StoreConfig, load_store
 from benchmark.losses import CachedLosses
 from benchmark.projected import FeatureConfig
 from benchmark.retrainer import RetrainConfig, Retrainer, Retraining
-from benchmark.scores import load_scores, save_scores, score_inputs, score_path
+from benchmark.scores import ABU_INPUTS, load_scores, save_scores, score_inputs, score_path
 from benchmark.together import Together, run_together
-from fastgda.core import load_npz, save_npy, save_npz, write_manifest
+from fastgda.core import load_npz, manifest_path, save_npy, save_npz, write_manifest
 from fastgda.dataset import layout
 from fastgda.ranker import Ranker, RankerConfig, save_ranker
 from fastgda.rankings import from_scores, load_rankings, save_rankings
@@ -802,6 +802,21 @@ def test_ids_put_scores_in_order_and_wrong_ids_are_refused(small, tmp_path):
     path, columns, rows = tmp_path / "s.npz", random.permutation(IMAGES), random.permutation(4)
     save_npz(path, scores=values[rows][:, columns], train_ids=columns, query_ids=rows)
     np.testing.assert_array_equal(load_scores(path, small, "test"), values)
+    save_npz(path, influence=values[rows][:, columns], ids=columns, queries=rows)
+    np.testing.assert_array_equal(load_scores(path, small, "test"), values)
+    hashes = {ABU_INPUTS[name]: score_inputs(small, "test")[name] for name in ABU_INPUTS}
+    write_manifest(path, {}, command="python -m abu.score", inputs=hashes)
+    np.testing.assert_array_equal(load_scores(path, small, "test"), values)
+    write_manifest(path, {}, command="python -m abu.score", inputs=hashes | {"queries/latents.npy": "0" * 64})
+    with pytest.raises(ValueError, match="found another queries: SHA-256 000000000000…, not "):
+        load_scores(path, small, "test")
+    manifest_path(path).unlink()
+    save_npz(path, influence=values[:, :9], ids=np.argsort(-values)[:, :9], queries=rows)
+    with pytest.raises(ValueError, match=r"expected shape \[4, 30\], found \[4, 9\]"):
+        load_scores(path, small, "test")
+    save_npz(path, values=values)
+    with pytest.raises(ValueError, match="expected an array called scores or influence, found neither"):
+        load_scores(path, small, "test")
     save_npz(path, scores=values, train_ids=columns + 1)
     with pytest.raises(ValueError, match="expected train_ids 0 to 29, each once, found 30"):
         load_scores(path, small, "test")
