@@ -58,7 +58,8 @@ def removal_parts(reports: dict[str, Report]) -> list[str]:
             f"Leave-K-out on `{removal['mode']}` (the paper's Table 1): rise of a query's loss in a model trained from "
             f"scratch without the K images that a method ranks first, over random removals of as many, up to {queries} "
             "queries of different concepts, 95 % bootstrap intervals over queries; beside it LDS, agreement on "
-            "creators and the cost of a query (`python -m benchmark.removal`, `benchmark.latency`):",
+            "creators and the cost of a query (`python -m benchmark.removal`, `benchmark.latency`; `-selected`: λ "
+            "chosen on validation queries, which changes nothing in the cost):",
             table1(reports),
         ]
         if pairs := pairs_table(removal):

@@ -115,6 +115,21 @@ def test_each_method_has_a_line_with_what_was_measured(results):
     assert Image.open(results / "removal/throughput_43.png").width > 100
 
 
+def test_another_ridge_costs_what_the_papers_does(results):
+    removals = json.loads((results / "removal/removal.json").read_text())
+    removals["rows"] += [{"method": f"{name}-selected", "K": 43} | effects(0.1, 0.05) for name in ("trak", "das")]
+    save_json(results / "removal/removal.json", removals)
+    timed = [{"method": name, "seconds": s, "storage": 2**20} for name, s in (("trak", 0.5), ("das-selected", 0.25))]
+    timed.append({"method": "das", "seconds": 0.75, "storage": 2**20})
+    save_json(results / "latency/latency.json", {"rows": timed})
+    reports = table1.read_reports(results)
+    found = {line[0]: line[-2:] for line in cells(table1.table1(reports))}
+    assert found["trak-selected"] == found["trak"] == ["500.0", "1.0"]
+    assert (found["das-selected"], found["das"]) == (["250.0", "1.0"], ["750.0", "1.0"])
+    names = {text.get_text() for text in table1.throughput_figure(reports, 43).axes[0].texts}
+    assert names == {"trak-selected", "das-selected"}
+
+
 def test_the_readme_says_what_retraining_says(results):
     reports = table1.read_reports(results)
     parts = judged_tables.removal_parts(reports) + judged_tables.judged_parts(reports, [])
