@@ -128,6 +128,7 @@ def train(
         log.warning("%s: this processor has no bfloat16 arithmetic; computing in float32 instead", folder)
     bar = tqdm(total=config.steps, initial=len(history), desc=folder.name, unit="step", disable=not progress)
     saved_at, stop = time.monotonic(), min(config.steps, len(history) + (stop_after_steps or config.steps))
+    between_steps = True
     try:
         for step in range(len(history), stop):
             for group in optimizer.param_groups:
@@ -137,6 +138,7 @@ def train(
                 value = loss(runner, rows, keyed_generator("train", config.seed, step))
             value.backward()
             nn.utils.clip_grad_norm_(model.parameters(), config.gradient_clip)
+            between_steps = False
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             decay = min(config.ema, (1 + step) / (10 + step))
@@ -144,6 +146,7 @@ def train(
                 for name, current in model.state_dict().items():
                     averaged[name].lerp_(current, 1 - decay)
             history.append(value.item())
+            between_steps = True
             if not math.isfinite(history[-1]):
                 raise ValueError(f"{folder}: the loss became {history[-1]} at step {step}; lower the learning rate")
             bar.update()
@@ -153,7 +156,8 @@ def train(
                 saved_at = time.monotonic()
     finally:
         bar.close()
-        if history and math.isfinite(history[-1]):
+        # a step that was interrupted half way would be applied twice
+        if between_steps and history and math.isfinite(history[-1]):
             save()
     if len(history) == config.steps:
         model.load_state_dict(averaged)

@@ -37,7 +37,7 @@ from abu.plan import Collection
 from abu.testbed import Testbed, add_testbed_flags
 from benchmark.losses import collection_of, export_losses, folder_of, restore_losses
 from benchmark.retrainable import JUDGED_MODE, Retrainable, add_retrainable_flags, retrainable_from
-from benchmark.retrainer import SECONDS, SOURCE, WEIGHT, RetrainConfig, Retrainer, Retraining
+from benchmark.retrainer import SECONDS, SOURCE, WEIGHT, RetrainConfig, Retrainer, Retraining, forget_training
 from benchmark.together import run_together
 from fastgda.core import command_line, command_parser, load_npz
 
@@ -105,6 +105,8 @@ def train_models(
         run_together(retrainer, collection, [job for job in jobs if job != SOURCE], args.together)
     else:
         run_plan(partial(Retrainer, testbed, RetrainConfig()), collection, jobs, cluster, "model")
+    for job in jobs:
+        forget_training(testbed, job)
 
 
 def plans_of(testbed: Retrainable) -> dict[str, Callable[[int], list[Retraining]]]:

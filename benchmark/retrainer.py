@@ -80,6 +80,16 @@ class Untrained(Retraining):
 SOURCE = Untrained((), seed=0)
 
 
+def run_folder(testbed: Retrainable, job: Retraining) -> Path:
+    """State of a model's training until its result is stored."""
+    return testbed.runs / "retrain" / job.name.removesuffix(".npz")
+
+
+def forget_training(testbed: Retrainable, job: Retraining) -> None:
+    """Deletes that state."""
+    shutil.rmtree(run_folder(testbed, job), ignore_errors=True)
+
+
 class Retrainer:
     """Trains models and measures them."""
 
@@ -90,12 +100,19 @@ class Retrainer:
         self.queries = {split: testbed.query_examples(split, self.device) for split in testbed.judged}
         self.seeds = testbed.query_seeds("test")
         self.sampler = testbed.sampler(self.device)
+        self.measured: Retraining | None = None
+        """The last job, whose state is still there."""
 
     def compute(self, job: Retraining) -> dict[str, np.ndarray]:
         """removed [R]; for each split losses_<split> [Q]; latents_test [Q, c, h, w] float16, the queries sampled
         again, where pictures are wanted; seconds, what it took; weights in float16 if it was trained on everything.
+
+        The state of its training is kept until the next call, by which time the caller has stored the result.
         """
         began = time.perf_counter()
+        if self.measured is not None:
+            forget_training(self.testbed, self.measured)
+            self.measured = None
         model = self.testbed.load_denoiser(self.device) if job == SOURCE else self.trained(job)
         draws = self.config.judged_draws
         losses = {
@@ -106,22 +123,17 @@ class Retrainer:
         if self.sampler is not None:
             text = self.queries["test"].text
             latents = self.sampler.latents(model, text, self.seeds, self.config.sampling_steps)
-        found = model_arrays(job, model, losses, latents)
-        shutil.rmtree(self.run_folder(job), ignore_errors=True)
-        return found | {SECONDS: np.array(time.perf_counter() - began)}
+        self.measured = job
+        return model_arrays(job, model, losses, latents) | {SECONDS: np.array(time.perf_counter() - began)}
 
     def trained(self, job: Retraining) -> nn.Module:
         """The model of `job`, in evaluation mode and frozen; goes on where it was interrupted."""
         kept = torch.from_numpy(kept_images(job, len(self.pictures)))
         model = self.testbed.initial_denoiser(job.seed)
         loss = diffusion_loss(self.pictures, self.schedule, self.device, kept, self.testbed.caption_dropout)
-        loop, folder = replace(self.loop, seed=job.seed), self.run_folder(job)
+        loop, folder = replace(self.loop, seed=job.seed), run_folder(self.testbed, job)
         train(model, loss, len(self.pictures), loop, folder, device=self.device, progress=False)
         return model.eval().requires_grad_(False)
-
-    def run_folder(self, job: Retraining) -> Path:
-        """State of the model's training while it is unfinished."""
-        return self.testbed.runs / "retrain" / job.name.removesuffix(".npz")
 
 
 def model_arrays(

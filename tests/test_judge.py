@@ -124,6 +124,26 @@ def test_a_model_is_the_same_bit_for_bit_however_often_it_is_interrupted_and_wha
     assert not np.array_equal(whole["losses_test"], other["losses_test"])
 
 
+def test_a_trained_model_is_not_lost_when_its_result_cannot_be_written(small, tmp_path, capsys):
+    copied = replace(small, root=tmp_path / "copy")
+    shutil.copytree(small.root, copied.root, ignore=shutil.ignore_patterns("cache"))
+    job, flags = retrain.references(1)[0], ["reference", "--models", "1", "--root", str(copied.root)]
+
+    def full(*args, **arrays):
+        raise OSError("no space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("abu.plan.save_npz", full)
+        assert retrain.main(flags) == 2
+    assert "no space left on device" in capsys.readouterr().err
+    state = retrainer.run_folder(copied, job)
+    assert len(torch.load(state / "checkpoint.pt", weights_only=True)["history"]) == copied.diffusion_loop.steps
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("abu.training.batch_rows", lambda *args: pytest.fail("trained again"))
+        assert retrain.main(flags) == 0
+    assert retrain.reference_file(copied, 0).is_file() and not state.exists()
+
+
 @pytest.mark.parametrize("removed", [tuple(range(IMAGES)), (0, 0), (-1,), (IMAGES,)])
 def test_removals_that_are_no_part_of_the_training_set_are_refused(removed):
     with pytest.raises(ValueError, match=f"expected to remove fewer than {IMAGES} different images with ids 0 to 29"):
@@ -145,7 +165,7 @@ def test_models_of_another_recipe_are_refused(retrained, capsys):
         loop = replace(retrained.diffusion_loop, steps=4)
         patch.setitem(TESTBEDS, "emoji-mini", replace(retrained, diffusion_loop=loop))
         assert retrain.main(["status"]) == 2
-    assert "config.loop is" in capsys.readouterr().err
+    assert "config.loop.steps is" in capsys.readouterr().err
 
 
 def test_status_counts_models_and_their_rate(retrained, capsys):

@@ -41,6 +41,31 @@ def test_a_run_cut_twice_equals_one_that_was_not(tmp_path):
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize("after", [False, True])
+def test_a_step_that_was_interrupted_is_not_applied_twice(tmp_path, after):
+    config = LoopConfig(steps=6, batch_size=4, warmup=1)
+    whole, cut = new_model(), new_model()
+    expected = train(whole, loss, 10, config, tmp_path / "whole", device=CPU)
+    apply = torch.optim.AdamW.step
+    calls: list[None] = []
+
+    def interrupted(optimizer, *args):
+        calls.append(None)
+        if len(calls) < 4 or after:
+            apply(optimizer, *args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(cut, loss, 10, config, tmp_path / "cut", device=CPU, checkpoint_seconds=0)
+    resumed = new_model()
+    assert train(resumed, loss, 10, config, tmp_path / "cut", device=CPU) == expected
+    for mine, theirs in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
 def test_the_kept_weights_are_the_average(tmp_path):
     model = new_model()
     train(model, loss, 10, LoopConfig(steps=20, batch_size=4, warmup=1), tmp_path, device=CPU)
