@@ -80,7 +80,8 @@ def method_scores(
     members = [_Member(testbed, method, index, split) for index in _indices(models)]
     if method.score == "inner":
         return _mean([member.inner() for member in members]), None
-    used = ridge or method.ridge or SHARE * members[0].kernel.scale
+    chosen = method.ridge if ridge is None else ridge
+    used = SHARE * members[0].kernel.scale if chosen is None else chosen
     return _mean([member.scores(used) for member in members]), used
 
 

@@ -53,14 +53,19 @@ class StoreConfig:
         """Its folder."""
         f = self.features
         parts = [f.measure, f.layers, f.curvature, str(f.projection), f"{f.bins}x{f.draws}"]
+        parts += [f"queries_{f.query_draws}"] * (f.query_draws != FeatureConfig.query_draws)
         parts += [f"damping_{f.damping:g}"] * (f.curvature != "none")
         parts += ["normalised"] * f.normalised + ["journey"] * self.journey + [f"model_{self.model}"] * (self.model > 0)
         return "-".join(parts if f.only is None else [*parts, f"bin_{f.only}"])
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the folder's manifest says; nothing of a choice of bins where there is none, as before there was one."""
+        """What the folder's manifest says: the usual damping where nothing is damped, and nothing of a choice of bins
+        where there is none, as before there was one.
+        """
         found = asdict(self)
+        if self.features.curvature == "none":
+            found["features"]["damping"] = FeatureConfig.damping
         if self.features.only is None:
             del found["features"]["only"]
         return found

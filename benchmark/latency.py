@@ -5,11 +5,12 @@
 
 A query is a generated image with its prompt. Measured warm (models, features and kernels in memory, one query first),
 median of several queries: features: encoding and N inner products; the ranker: its MLP as well; gradient methods: the
-query's gradients and N inner products in the projected space; the first-order teachers: the query's gradients and their
-products with the stored ones of the training set, as `abu.query` takes them; exact AbU+: the query's gradient, a step,
-and the loss of every training image, timed on some of them and scaled to N. The teacher of a finite step keeps nothing
-that a new query could be multiplied with, and so costs as much as the exact form. Storage is what must be kept for the
-training set. Writes results/latency/latency.json; lines of other methods that were timed on the same machine stay.
+query's gradients, for JourneyTRAK its sampling as well, and N inner products in the projected space; the first-order
+teachers: the query's gradients and their products with the stored ones of the training set, as `abu.query` takes them;
+exact AbU+: the query's gradient, a step, and the loss of every training image, timed on some of them and scaled to N.
+The teacher of a finite step keeps nothing that a new query could be multiplied with, and so costs as much as the exact
+form. Storage is what must be kept for the training set. Writes results/latency/latency.json; lines of other methods
+that were timed on the same machine stay.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ from abu.collect_config import CollectConfig
 from abu.draws import DrawConfig
 from abu.fisher import CurvatureConfig, fit_curvature
 from abu.influence import mean_losses
+from abu.plan import Piece
 from abu.query import query_matrix
 from abu.store import open_store
 from abu.testbed import Testbed, testbed_from
 from abu.unlearn import UnlearnConfig, moved_model, natural_step, query_gradient
 from benchmark.gradient_methods import METHODS, SHARE
-from benchmark.gradient_store import StoreConfig, load_factors, load_store
+from benchmark.gradient_store import GradientWorker, load_store
 from benchmark.kernels import Kernel
 from benchmark.methods import COLLECTED, TUNED, is_teacher
-from benchmark.projected import ProjectedGradients
 from benchmark.retrain import add_judge_flags
 from benchmark.teacher import TEACHERS
 from fastgda.core import ROOT, best_device, command_line, command_parser, environment, save_json
@@ -93,20 +94,16 @@ def feature_cost(testbed: Testbed, ftype: str, checkpoint: Path | None = None) -
 def gradient_cost(testbed: Testbed, method: str) -> Cost:
     """Methods on projected gradients; those of the training images must have been collected."""
     recipe, device = METHODS[method], best_device()
-    store, _ = recipe.stores(0)
-    source, queries = testbed.load_source(device), testbed.query_examples("test", device)
-    engine = ProjectedGradients(
-        source.denoiser, source.schedule, recipe.features, load_factors(testbed, StoreConfig(recipe.features), source)
-    )
-    training = load_store(testbed, store, "training")
+    stored, asked = recipe.stores(0)
+    worker, training = GradientWorker(testbed, asked), load_store(testbed, stored, "training")
     if recipe.score != "inner":
         kernel = Kernel(training)
         training = kernel.matrix(recipe.ridge or SHARE * kernel.scale).float()
     matrix = training.to(device)
-    draws = recipe.features.draws_of("test", len(source.schedule))
 
     def attribute(query: int) -> torch.Tensor:
-        return engine(queries.rows(query, query + 1), draws)[0].float() @ matrix.mT
+        features = worker.compute(Piece("query", "test", query, query + 1))["features"]
+        return torch.from_numpy(features).to(device) @ matrix.mT
 
     return Cost(attribute, training.nbytes)
 

@@ -7,13 +7,14 @@
 scores.npy holds [Q, N], rows = test queries, columns = training images, higher = more influential (`benchmark.scores`
 says what else a file may hold). Without --retrain the effect of removing a query's top K is that of the stored removal
 of K images which shares most images with it; the share is reported, and says how much the number is worth. Results go
-to results/leaderboard/<name>.json.
+to results/leaderboard/<name>.json; the board shows those that rest on the same models, data, recipe and flags.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,12 +40,22 @@ from benchmark.retrain import add_training_flags, train_models
 from benchmark.retrainable import Retrainable, add_retrainable_flags, retrainable_from
 from benchmark.retrainer import RetrainConfig, Retraining
 from benchmark.scores import by_method, load_scores
-from fastgda.core import ROOT, command_line, command_parser, environment, load_npz, save_json, sha256_file
+from fastgda.core import (
+    ROOT,
+    command_line,
+    command_parser,
+    environment,
+    first_difference,
+    load_npz,
+    save_json,
+    sha256_file,
+)
 from fastgda.dataset import default_levels, layout
 from fastgda.metrics import bootstrap_interval, score_retrieval
 from fastgda.rankings import load_rankings
 
 BOARD = "results/leaderboard"
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -111,8 +122,8 @@ def judge_file(path: Path, testbed: Retrainable, args: argparse.Namespace) -> di
     scores, config = load_scores(path, testbed, "test"), removal_config(args)
     collection, queries = collection_of(testbed, RetrainConfig()), judged_queries(testbed, config.queries)
     judge = Judge(testbed, "test", args.models)
-    row: dict[str, Any] = {"method": path.stem, "scores": sha256_file(path), "mode": testbed.name}
-    row |= judge(scores) | {"truth": judge.truth, "ceiling": judge.ceiling(), "retrieval": retrieval(testbed, scores)}
+    row: dict[str, Any] = {"method": path.stem, "scores": sha256_file(path)} | board_foundation(judge, config)
+    row |= judge(scores) | {"ceiling": judge.ceiling(), "retrieval": retrieval(testbed, scores)}
     if args.retrain:
         plan = removal_plan({path.stem: scores}, queries, testbed.images, config)
         train_models(testbed, collection, models_of(plan, config), args)
@@ -122,7 +133,28 @@ def judge_file(path: Path, testbed: Retrainable, args: argparse.Namespace) -> di
         removals = [found | {"shared": 1.0} for found in rows if found["method"] == path.stem]
     else:
         removals = nearest_effects(scores, queries, collection, effects, config)
-    return row | {"removals": removals, "config": asdict(config), "environment": environment()}
+    return row | {"removals": removals, "environment": environment()}
+
+
+def board_foundation(judge: Judge, config: RemovalConfig) -> dict[str, Any]:
+    """What the numbers of a row rest on: those of other rows can be compared with them only if it is the same."""
+    return judge.foundation | {"config": asdict(config)}
+
+
+def read_board(board: Path, wanted: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a board that rest on the same, `wanted`; of the others a warning says what differs."""
+    rows = []
+    for path in sorted(board.glob("*.json")):
+        try:
+            row = json.loads(path.read_text())
+            found = {key: row.get(key) for key in wanted}
+        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+            raise ValueError(f"{path}: expected a row of the leaderboard, found a damaged one ({error})") from error
+        if (difference := first_difference(json.loads(json.dumps(wanted)), found, path.stem)) is None:
+            rows.append(row)
+        else:
+            log.warning("%s: left out, as it cannot be compared: %s", path, difference)
+    return rows
 
 
 def board_lines(rows: list[dict[str, Any]]) -> list[str]:
@@ -150,8 +182,8 @@ def main(argv: list[str] | None = None) -> None:
     testbed = retrainable_from(args)
     for name, path in by_method(args.scores).items():
         save_json(args.board / f"{name}.json", judge_file(path, testbed, args))
-    rows = [json.loads(path.read_text()) for path in sorted(args.board.glob("*.json"))]
-    rows = [row for row in rows if row["mode"] == testbed.name]
+    wanted = board_foundation(Judge(testbed, "test", args.models), removal_config(args))
+    rows = read_board(args.board, wanted)
     if not rows:
         raise ValueError(f"{args.board}: expected results of {testbed.name}, found none; name a score file")
     print(*board_lines(rows), sep="\n")

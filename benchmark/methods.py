@@ -246,6 +246,8 @@ def main(argv: list[str] | None = None) -> None:
             )
         if given := [method for method in args.methods if is_teacher(method) or method in METHODS]:
             raise ValueError(f"--influence: expected features or a tuned ranker beside it, found {given[0]}")
+    if args.ridge is not None and not args.ridge > 0:
+        raise ValueError(f"--ridge: expected a positive number, found {args.ridge:g}")
     if args.select and args.ridge is not None:
         raise ValueError("--select: expected no --ridge beside it, found one")
     for method in args.methods:

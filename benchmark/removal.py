@@ -14,7 +14,8 @@ between the image generated from the query's seed and that of the reference mode
 cosine of the two images in the image encoder's space (1 = the same picture). MSCOCO has ΔL alone without --pipeline.
 Random removals are the null; each row also says by how much a method exceeds it, query by query. The smallest K is
 trained first for all methods. The report holds the methods and K whose models are all there; with fewer --queries it
-needs fewer. The models' pictures are in pictures.npz beside it, for the demo.
+needs fewer. The models' pictures are in pictures.npz beside it, for the demo; those of a report that is not called
+removal.json in <name>_pictures.npz.
 
 Models that `benchmark.retrain restore` brought back count as trained and say what ΔL is, but have no pictures. With
 --add the report keeps its rows of other methods, and of the same models where their pictures are no longer there; new
@@ -40,7 +41,7 @@ from abu.plan import Collection
 from benchmark.coco import COCO
 from benchmark.losses import CachedLosses, collection_of
 from benchmark.removal_effects import RANDOM, Plan, RemovalEffects
-from benchmark.removal_report import PICTURES, Earlier, paired, removal_line, summarise
+from benchmark.removal_report import Earlier, paired, pictures_path, removal_line, summarise
 from benchmark.reports import add_add_flag, foundation
 from benchmark.retrain import add_training_flags, models_done, references, train_models
 from benchmark.retrainable import Retrainable, add_retrainable_flags, retrainable_from
@@ -70,6 +71,13 @@ class RemovalConfig:
     """Values of K; by default the paper's for MSCOCO, `FRACTIONS` of the training set otherwise."""
     encoder: str = "effnet"
     """Image encoder of the similarity: "effnet", or "clip" and others where their weights are."""
+
+    def __post_init__(self) -> None:
+        if min(self.queries, self.seeds) < 1 or min(self.references, self.null) < 0:
+            raise ValueError(
+                "--queries, --seeds: expected at least 1; --references, --null: at least 0; found "
+                f"{self.queries}, {self.seeds}, {self.references} and {self.null}"
+            )
 
     def levels_for(self, images: int) -> tuple[int, ...]:
         """The values of K, ascending; `ValueError` if one leaves nothing to train on."""
@@ -125,7 +133,8 @@ def removal_plan(scores: dict[str, np.ndarray], queries: list[int], images: int,
     for count in config.levels_for(images):
         null = [random_removal(images, count, draw) for draw in range(config.null)]
         for query in queries:
-            plan[RANDOM, query, count] = [Retraining(ids, seed) for ids in null for seed in range(config.seeds)]
+            if null:
+                plan[RANDOM, query, count] = [Retraining(ids, seed) for ids in null for seed in range(config.seeds)]
             for method, array in scores.items():
                 ids = removed_by(array, query, count)
                 plan[method, query, count] = [Retraining(ids, seed) for seed in range(config.seeds)]
@@ -224,7 +233,7 @@ def main(argv: list[str] | None = None) -> None:
         rows = earlier.with_rows(rows)
         drawn = earlier.with_pictures(drawn, rows) if drawn is not None else None
     if drawn is not None:
-        drawn.save(args.output.with_name(PICTURES))
+        drawn.save(pictures_path(args.output))
     compared = {"reference_loss": [effects.reference.loss[query] for query in queries]}
     report = rests_on | compared | {"rows": rows, "pairs": paired(rows), "environment": environment()}
     save_json(args.output, report)

@@ -16,8 +16,11 @@ from fastgda.metrics import bootstrap_interval, standard_error
 from serving.retrained import Retrained
 
 MADE_BY = "python -m benchmark.removal report"
-PICTURES = "pictures.npz"
-"""The models' pictures, beside the report."""
+
+
+def pictures_path(report: Path) -> Path:
+    """Where the pictures of a report's models are: pictures.npz beside removal.json, which the demo shows."""
+    return report.with_name("pictures.npz" if report.stem == "removal" else f"{report.stem}_pictures.npz")
 
 
 def summarise(plan: Plan, effects: RemovalEffects) -> list[dict[str, Any]]:
@@ -90,7 +93,7 @@ class Earlier:
                     raise ValueError(f"{path}: expected models of each query and an effect, found none of some")
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path}: expected a report of {MADE_BY}, found a damaged one ({error})") from error
-        beside = path.with_name(PICTURES)
+        beside = pictures_path(path)
         kept = Retrained.load(beside) if beside.is_file() else None
         if kept is not None and len(kept.captions) != len(report["queries"]):
             raise ValueError(

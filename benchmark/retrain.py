@@ -62,7 +62,11 @@ def again(halves: list[Retraining]) -> list[Retraining]:
 
 
 def references(models: int) -> list[Retraining]:
-    """Models trained on everything; for none of them the source model itself, the paper's reference."""
+    """Models trained on everything; for none of them the source model itself, the paper's reference. `ValueError` if
+    their number is negative.
+    """
+    if models < 0:
+        raise ValueError(f"models trained on everything: expected at least 0, found {models}")
     return [Retraining((), seed) for seed in range(models)] or [SOURCE]
 
 
@@ -136,6 +140,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--models", type=int, help=f"models; for creators, models of each (default: {defaults})")
     add_training_flags(parser)
     args = parser.parse_args(argv)
+    if args.models is not None and args.models < 1:
+        raise ValueError(f"--models: expected at least 1, found {args.models}")
     testbed, config = retrainable_from(args), RetrainConfig()
     if args.what == "export":
         print(export_losses(testbed))

@@ -28,7 +28,11 @@ from fastgda.core import (
 
 COLUMNS, FROM_ABU = ("scores", "query_ids", "train_ids"), ("influence", "queries", "ids")
 """Members of an archive: scores, ids of the queries and of the images; and what `abu.score` calls them."""
-ABU_INPUTS = {"training": "trainset/latents.npy", "queries": "queries/latents.npy"}
+ABU_INPUTS = {
+    "training": ("trainset/latents.npy",),
+    "queries": ("queries/latents.npy",),
+    "model": ("denoiser.safetensors", "model.bin"),
+}
 """What its manifest calls the files of `score_inputs`."""
 
 
@@ -88,12 +92,12 @@ def read_scores(path: Path, shape: tuple[int, int], wanted: dict[str, str], whos
     if manifest_path(path).is_file():
         made_from = read_manifest(path)["inputs"]
         for name, value in wanted.items():
-            found = made_from.get(name, made_from.get(ABU_INPUTS.get(name, ""), value))
-            if found != value:
-                raise ValueError(
-                    f"{path}: expected scores of this testbed ({whose}), "
-                    f"found another {name}: SHA-256 {found[:12]}…, not {value[:12]}…"
-                )
+            for found in (made_from[key] for key in (name, *ABU_INPUTS.get(name, ())) if key in made_from):
+                if found != value:
+                    raise ValueError(
+                        f"{path}: expected scores of this testbed ({whose}), "
+                        f"found another {name}: SHA-256 {found[:12]}…, not {value[:12]}…"
+                    )
     return scores.astype(np.float64)
 
 

@@ -51,7 +51,7 @@ from benchmark.projected import FeatureConfig
 from benchmark.retrainer import RetrainConfig, Retrainer, Retraining
 from benchmark.scores import ABU_INPUTS, load_scores, save_scores, score_inputs, score_path
 from benchmark.together import Together, run_together
-from fastgda.core import load_npz, manifest_path, save_npy, save_npz, write_manifest
+from fastgda.core import load_npz, manifest_path, save_json, save_npy, save_npz, write_manifest
 from fastgda.dataset import layout
 from fastgda.ranker import Ranker, RankerConfig, save_ranker
 from fastgda.rankings import from_scores, load_rankings, save_rankings
@@ -243,6 +243,12 @@ def test_the_ridge_is_chosen_on_validation_queries(retrained):
     assert any(row["ridge"] == 500 for row in table) and len(table) == 9
 
 
+def test_a_ridge_that_is_none_is_refused_before_anything_is_computed(retrained, capsys):
+    for value in ("0", "-1", "nan"):
+        assert methods.main(["d-trak", f"--ridge={value}"]) == 2
+        assert f"--ridge: expected a positive number, found {value}" in capsys.readouterr().err
+
+
 def test_lds_command_reports_ceiling_and_sign(retrained, scores, tmp_path, capsys):
     judge = lds.Judge(retrained, "test", HALVES)
     linear = -(judge.losses - judge.losses.mean(0)).T @ (judge.seen - 0.5)
@@ -406,7 +412,7 @@ def test_agreement_is_one_for_the_truth_and_turns_with_the_sign():
     assert creators.agreement(-effects, effects)["spearman"] == pytest.approx(-1)
 
 
-def test_removals_run_and_report_and_the_leaderboard_uses_them(retrained, scores, tmp_path, capsys):
+def test_removals_run_and_report_and_the_leaderboard_uses_them(retrained, scores, tmp_path, capsys, caplog):
     output, files = tmp_path / "removal.json", [str(path) for path in scores]
     assert removal.main(["run", *files, *REMOVALS, "--dry_run"]) == 0
     assert "removals: 2 of 14 models" in capsys.readouterr().out
@@ -464,8 +470,19 @@ def test_removals_run_and_report_and_the_leaderboard_uses_them(retrained, scores
     assert leaderboard.main([str(third), *flags, "--retrain"]) == 0
     assert json.loads((board / "third.json").read_text())["removals"][1]["shared"] == 1
     capsys.readouterr()
-    assert leaderboard.main(["--board", str(board)]) == 0
+    assert leaderboard.main(flags) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
+    # rows that rest on something else are left out, and the board says why
+    row = json.loads((board / "third.json").read_text())
+    save_json(board / "third.json", row | {"models": 2})
+    save_json(board / "lds.json", {"mode": "emoji-mini", "rows": []})
+    assert leaderboard.main([files[0], *flags]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["first"]
+    assert "third.json: left out, as it cannot be compared: third.models is 2, wanted" in caplog.text
+    assert "lds.json: left out" in caplog.text
+    (board / "broken.json").write_text("[1")
+    assert leaderboard.main(["--board", str(board)]) == 2
+    assert "broken.json: expected a row of the leaderboard, found a damaged one" in capsys.readouterr().err
 
 
 def test_removals_of_restored_models_are_added_to_a_report(retrained, scores, tmp_path, capsys):
@@ -508,6 +525,12 @@ def test_removals_of_restored_models_are_added_to_a_report(retrained, scores, tm
     found = {(row["method"], row["K"]): row for row in json.loads(plain.read_text())["rows"]}
     assert found.keys() == {(method, k) for method in (removal_effects.RANDOM, "first") for k in (1, 3)}
     assert all("mse" not in row and "delta_loss" in row for row in found.values())
+    other = plain.with_name("other.json")
+    flags = [*REMOVALS, "--null", "0", "--output", str(other), "--root", str(root)]
+    assert removal.main(["report", first, *flags]) == 0
+    rows = json.loads(other.read_text())["rows"]
+    assert {row["method"] for row in rows} == {"first"} and "excess" not in rows[0]["delta_loss"]
+    assert other.with_name("other_pictures.npz").is_file()
     assert Retrained.load(plain.with_name("pictures.npz")).removals == ()
 
 
@@ -564,6 +587,24 @@ def test_latency_and_storage_of_every_kind_of_method(small, features, tmp_path):
     assert [row["method"] for row in json.loads(output.read_text())["rows"]] == [*rows, "chosen"]
     width = load_store(small, METHODS["d-trak"].stores(0)[0], "training").shape[1]
     assert rows["d-trak"]["storage"] == IMAGES * width * 4
+
+
+@pytest.mark.parametrize("method", ["trak", "journey-trak", "d-trak", "abu"])
+def test_what_is_timed_is_what_scores(small, method):
+    assert methods.main([method]) == 0
+    expected = np.load(score_path(small, method, "test"))
+    attribute = latency.gradient_cost(small, method).attribute
+    found = np.concatenate([np.asarray(attribute(query)) for query in range(QUERIES["test"])])
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
+
+
+def test_stores_of_other_query_draws_lie_apart_and_damping_counts_where_something_is_damped():
+    usual, damped = FeatureConfig(), FeatureConfig(curvature="ekfac")
+    names = {StoreConfig(config).name for config in (usual, replace(usual, query_draws=8), damped)}
+    names.add(StoreConfig(replace(damped, damping=0.5)).name)
+    assert len(names) == 4
+    assert StoreConfig(replace(usual, damping=0.5)).settings == StoreConfig(usual).settings
+    assert StoreConfig(replace(damped, damping=0.5)).settings != StoreConfig(damped).settings
 
 
 @pytest.fixture(scope="module")
@@ -798,6 +839,9 @@ def test_each_concept_has_one_query_and_every_set_appears():
 def test_more_images_than_there_are_cannot_be_removed(retrained, scores, capsys):
     assert removal.main(["run", str(scores[0]), "--levels", str(IMAGES), "--queries", "1"]) == 2
     assert f"expected to remove 1 to {IMAGES - 1} of {IMAGES} images" in capsys.readouterr().err
+    for flag, value in (("--seeds", "0"), ("--queries", "0"), ("--null", "-1"), ("--references", "-1")):
+        assert removal.main(["run", str(scores[0]), flag, value]) == 2
+        assert "expected at least 1; --references, --null: at least 0; found " in capsys.readouterr().err
     assert removal.main(["run", str(scores[0]), "--queries", "5"]) == 2
     assert "--queries: expected 1 to 4, the concepts of the test queries, found 5" in capsys.readouterr().err
 
@@ -824,12 +868,13 @@ def test_ids_put_scores_in_order_and_wrong_ids_are_refused(small, tmp_path):
     np.testing.assert_array_equal(load_scores(path, small, "test"), values)
     save_npz(path, influence=values[rows][:, columns], ids=columns, queries=rows)
     np.testing.assert_array_equal(load_scores(path, small, "test"), values)
-    hashes = {ABU_INPUTS[name]: score_inputs(small, "test")[name] for name in ABU_INPUTS}
+    hashes = {names[0]: score_inputs(small, "test")[name] for name, names in ABU_INPUTS.items()}
     write_manifest(path, {}, command="python -m abu.score", inputs=hashes)
     np.testing.assert_array_equal(load_scores(path, small, "test"), values)
-    write_manifest(path, {}, command="python -m abu.score", inputs=hashes | {"queries/latents.npy": "0" * 64})
-    with pytest.raises(ValueError, match="found another queries: SHA-256 000000000000…, not "):
-        load_scores(path, small, "test")
+    for name, (called, *_) in ABU_INPUTS.items():
+        write_manifest(path, {}, command="python -m abu.score", inputs=hashes | {called: "0" * 64})
+        with pytest.raises(ValueError, match=f"found another {name}: SHA-256 000000000000…, not "):
+            load_scores(path, small, "test")
     manifest_path(path).unlink()
     save_npz(path, influence=values[:, :9], ids=np.argsort(-values)[:, :9], queries=rows)
     with pytest.raises(ValueError, match=r"expected shape \[4, 30\], found \[4, 9\]"):
