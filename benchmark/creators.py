@@ -8,15 +8,17 @@
 The true effect of a creator on a query is the rise of the query's loss when the model is trained from scratch without
 the creator's images, over the mean of the reference models, averaged over seeds. A method predicts it by the sum of its
 scores over these images. Reported for each method: Spearman over creators, mean over queries; how often the creator
-with the largest predicted effect is the one with the largest true effect. The ceiling says what one seed predicts of
-another. Removing a creator also removes its prompt's style from the captions: a query in that style loses most, so the
-creator that the prompt names is a baseline of its own.
+with the largest predicted effect is the one with the largest true effect. The ceiling is the Spearman that the truth
+would reach, whose mean over a few seeds is noisy; beside it what one seed says of the others. Removing a creator also
+removes its prompt's style from the captions: a query in that style loses most, so the creator that the prompt names is
+a baseline of its own.
 """
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +82,20 @@ def agreement(predicted: np.ndarray, effects: np.ndarray, concepts: list[str] | 
 
 
 def ceiling(change: np.ndarray) -> dict[str, Any] | None:
-    """Agreement of each seed with the mean of the others, averaged; `None` for one seed."""
-    if len(change) < 2:
+    """Spearman that the creators' true mean effects would reach, from `change` [seeds, creators, Q], and the agreement
+    of each seed with the mean of the others, averaged; `None` for one seed.
+
+    With r the mean correlation of two seeds, the mean of S seeds correlates with its own expectation by √(S r / (1 +
+    (S - 1) r)) (Spearman and Brown; attenuation).
+    """
+    seeds = len(change)
+    if seeds < 2:
         return None
+    reliability = float(np.mean([correlate(first.T, second.T) for first, second in combinations(change, 2)]))
+    r = max(reliability, 0)
     rows = [agreement(seed.T, np.delete(change, index, 0).mean(0).T) for index, seed in enumerate(change)]
-    return {key: float(np.mean([row[key] for row in rows])) for key in ("spearman", "top1")}
+    one = {key: float(np.mean([row[key] for row in rows])) for key in ("spearman", "top1")}
+    return {"spearman": (seeds * r / (1 + (seeds - 1) * r)) ** 0.5, "reliability": reliability, "one_seed": one}
 
 
 def named_by_prompt(query_sets: list[str], names: tuple[str, ...]) -> np.ndarray:
@@ -126,8 +137,9 @@ def main(argv: list[str] | None = None) -> None:
         "ceiling": ceiling(effects.change),
         "environment": environment(),
     }
-    if report["ceiling"]:
-        print(f"{'one seed for the others':28s} Spearman {report['ceiling']['spearman']:+.4f}")
+    if (bound := report["ceiling"]) is not None:
+        print(f"{'ceiling':28s} Spearman {bound['spearman']:+.4f}")
+        print(f"{'one seed for the others':28s} Spearman {bound['one_seed']['spearman']:+.4f}")
     save_json(output, report)
 
 

@@ -136,18 +136,21 @@ def lds_table(report: Row) -> str:
         order = row["sharpened"]
         lines.append([row["method"], interval(row["lds"], row["interval"]), interval(order["lds"], order["interval"])])
     if (bound := report["ceiling"]) is not None:
-        lines.append(["ceiling", interval(bound["lds"], bound["interval"]), ""])
+        twice = f"ceiling, from {bound['models']} halves trained twice"
+        lines.append([twice, interval(bound["lds"], bound["interval"]), ""])
     return markdown(["", "LDS", "LDS of exp(2 z)"], lines)
 
 
 def creators_table(report: Row) -> str:
-    """Agreement of each method on creators, the best first, and what one seed says of the others."""
+    """Agreement of each method on creators, the best first; the ceiling, and what one seed says of the others."""
     rows = sorted(report["rows"], key=lambda row: -row["spearman"])
     lines = [
         [row["method"], *(interval(row[key], row[f"{key}_interval"]) for key in ("spearman", "top1"))] for row in rows
     ]
     if (bound := report["ceiling"]) is not None:
-        lines.append(["one seed for the others", number(bound["spearman"]), number(bound["top1"])])
+        one = bound["one_seed"]
+        lines.append(["ceiling", number(bound["spearman"]), ""])
+        lines.append(["one seed for the others", number(one["spearman"]), number(one["top1"])])
     return markdown(["", "Spearman over creators", "same first creator"], lines)
 
 

@@ -390,7 +390,7 @@ def test_creators_effects_and_sums(retrained, scores, tmp_path):
     assert creators.main([*map(str, scores), *flags]) == 0
     report = json.loads(output.read_text())
     assert [row["method"] for row in report["rows"]] == [creators.PROMPT, "first", "second"]
-    assert report["ceiling"].keys() == {"spearman", "top1"}
+    assert report["ceiling"].keys() == {"spearman", "reliability", "one_seed"}
 
 
 def test_calibration_reads_the_scores_of_both_splits(retrained, scores, tmp_path, capsys):
@@ -403,6 +403,19 @@ def test_calibration_reads_the_scores_of_both_splits(retrained, scores, tmp_path
     assert calibration.main([str(scores[0]), *flags]) == 0
     groups = json.loads(output.read_text())["rows"][0]["groups"]
     assert groups["creators"]["models"] == 2 * len(SETS) and groups["halves"]["models"] == HALVES
+
+
+def test_the_creators_ceiling_is_what_the_truth_reaches():
+    random = np.random.default_rng(0)
+    truth = random.normal(size=(40, 400))
+    change = truth + 1.5 * random.normal(size=(3, 40, 400))
+    found, nothing = creators.ceiling(change), creators.ceiling(np.stack([truth, -truth]))
+    assert found is not None and nothing is not None
+    reached = creators.agreement(truth.T, change.mean(0).T)["spearman"]
+    assert found["spearman"] == pytest.approx(reached, abs=0.02)
+    assert found["one_seed"]["spearman"] < reached - 0.2
+    assert creators.ceiling(change[:1]) is None
+    assert nothing["spearman"] == 0
 
 
 def test_agreement_is_one_for_the_truth_and_turns_with_the_sign():

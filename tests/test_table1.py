@@ -64,7 +64,7 @@ REPORTS = {
         "mode": "emoji-mini",
         "models": 64,
         "truth": "both",
-        "ceiling": {"lds": 0.7, "interval": [0.6, 0.8]},
+        "ceiling": {"lds": 0.7, "interval": [0.6, 0.8], "models": 16},
         "rows": [
             judged("trak", 0.1, [0.05, 0.15]),
             judged("tuned", 0.3, [0.25, 0.35]),
@@ -74,7 +74,7 @@ REPORTS = {
     "creators/creators.json": {
         "creators": ["a", "b"],
         "models": 3,
-        "ceiling": {"spearman": 0.8, "top1": 0.9},
+        "ceiling": {"spearman": 0.95, "reliability": 0.7, "one_seed": {"spearman": 0.8, "top1": 0.9}},
         "rows": [
             {"method": "tuned"}
             | {"spearman": 0.4, "spearman_interval": [0.3, 0.5], "top1": 0.6, "top1_interval": [0.5, 0.7]}
@@ -138,10 +138,12 @@ def test_the_readme_says_what_retraining_says(results):
         ["tuned-pixel over pixel", "", "0.0300 [0.0100, 0.0500], 2 queries"],
         ["tuned-pixel over d-trak-selected", "", "0.0200 [-0.0100, 0.0400], 2 queries"],
     ]
-    assert [line.split("|")[1].strip() for line in parts[5].splitlines()[2:]] == ["tuned", "plain", "trak", "ceiling"]
+    bound = "ceiling, from 16 halves trained twice"
+    assert [line.split("|")[1].strip() for line in parts[5].splitlines()[2:]] == ["tuned", "plain", "trak", bound]
     assert "64 models on random halves of `emoji-mini`, the mean of two trainings" in parts[4]
     assert cells(parts[7])[2:] == [
         ["tuned", "0.400 [0.300, 0.500]", "0.600 [0.500, 0.700]"],
+        ["ceiling", "0.950", ""],
         ["one seed for the others", "0.800", "0.900"],
     ]
     assert cells(parts[9]) == [
