@@ -110,7 +110,8 @@ def judged_parts(reports: dict[str, Report], studies: list[Report]) -> list[str]
         parts += [
             "What the removals of each method change, and those at random: mean and standard error of ΔL, of the MSE "
             "between the pictures of one seed and of their similarity to the image encoder (`python -m "
-            "benchmark.removal`):",
+            "benchmark.removal`). The reference is a mean over seeds, the models share one: what random removals seem "
+            "to gain or lose is mostly the seed's, and only differences between rows say what was removed:",
             effects_table(reports["removal"]),
         ]
     if nearest := nearest_table(reports):

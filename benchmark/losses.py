@@ -145,7 +145,7 @@ class CachedLosses:
 
     def of(self, jobs: Sequence[Retraining], split: str) -> np.ndarray:
         """See `Losses`."""
-        key, made_by = f"losses_{split}", "python -m benchmark.retrain"
+        key, made_by = f"losses_{split}", "python -m benchmark.retrain restore, or reference, halves, again or creators"
         return np.stack([load_npz(self.collection.path(job), (key,), made_by)[key] for job in jobs])
 
     def scores(self, path: Path, split: str) -> np.ndarray:
@@ -245,7 +245,6 @@ def export_losses(testbed: Retrainable) -> Path:
         row[arrays["removed"]] = True
     columns = {
         "names": np.array(sorted(models)),
-        "seeds": np.array([seed_of(name) for name in sorted(models)]),
         "removed": np.packbits(bits, axis=1),
         "images": np.array(cached.images),
         "sets_training": np.array(cached.sets("training")),

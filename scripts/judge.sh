@@ -99,8 +99,8 @@ for feature in "${features[@]}"; do
         --name tuned-das-$feature-influence
 done
 mapfile -t all < <(find data/emoji-mini/scores -maxdepth 1 -name '*.npy' | sort)
-step "LDS" python -m benchmark.lds "${all[@]}"
-step "creators" python -m benchmark.creators "${all[@]}"
+step "LDS" python -m benchmark.lds "${all[@]}" --add
+step "creators" python -m benchmark.creators "${all[@]}" --add
 step "latency" python -m benchmark.latency effnet+minilm minilm trak journey-trak d-trak abu abu-plus ekfac exact \
     finite-step@0.01
 for ftype in minilm effnet+minilm; do

@@ -300,7 +300,8 @@ def test_rows_are_added_to_a_report_of_the_same(retrained, scores, tmp_path, cap
 
 @pytest.mark.parametrize("command", [lds, creators, calibration, leaderboard, removal, image_rows])
 def test_two_files_of_one_method_are_refused(retrained, scores, tmp_path, capsys, command):
-    other = save_scores(retrained, "first", "val", np.zeros((QUERIES["val"], IMAGES)), {}, "test")
+    other = tmp_path / "first.npy"
+    save_npy(other, np.zeros((QUERIES["test"], IMAGES)))
     what = ["report"] if command is removal else []
     where = ["--board"] if command is leaderboard else ["--output"]
     assert command.main([*what, *map(str, [*scores, other]), *where, str(tmp_path / "nothing")]) == 2
