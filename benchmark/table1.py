@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -212,23 +213,19 @@ def throughput_figures(reports: dict[str, Row]) -> dict[int, Figure]:
 def throughput_figure(reports: dict[str, Row], level: int) -> Figure:
     """Figure 1: ΔL after removing the top K against queries a second."""
     latency, removals = rows_by_method(reports["latency"]), removals_by_method(reports["removal"])
-    figure, axis = plt.subplots(figsize=(6, 4))
-    for method, rows in removals.items():
-        if level not in rows:
-            continue
-        value = rows[level]["delta_loss"]
+    figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
+    judged = [(method, rows[level]["delta_loss"]) for method, rows in removals.items() if level in rows]
+    judged.sort(key=lambda row: -row[1]["mean"])
+    marks = cycle(f"C{colour}{marker}" for marker in "os^" for colour in range(10))
+    for method, value in judged:
         if method == RANDOM:
-            axis.axhline(value["mean"], color="grey", linestyle="--", label="random removal")
+            axis.axhline(value["mean"], color="grey", linestyle="--", label=RANDOM)
         elif (cost := cost_of(method, latency)) is not None:
-            rate = 1 / cost["seconds"]
-            axis.errorbar(rate, value["mean"], value["standard_error"], marker="o")
-            axis.annotate(method, (rate, value["mean"]), textcoords="offset points", xytext=(6, 4))
+            axis.errorbar(1 / cost["seconds"], value["mean"], value["standard_error"], fmt=next(marks), label=method)
     axis.set(xscale="log", xlabel="queries a second, one machine", ylabel=f"ΔL after removing the top {level}")
-    # room for the names
-    axis.margins(x=0.25)
     axis.grid(alpha=0.3)
     if axis.get_legend_handles_labels()[0]:
-        axis.legend()
+        figure.legend(loc="outside right upper", title="largest ΔL first", fontsize="small")
     return figure
 
 

@@ -21,7 +21,8 @@ teachers=(finite-step finite-step@0.01 first-order second-order plain normalised
 nearest=(finite-step-knn plain-knn normalised-knn)
 gradients=(trak journey-trak d-trak das abu abu-plus ekfac)
 removed=(finite-step@0.01 tuned-minilm minilm abu-plus das-selected tuned-das-effnet+minilm tuned-effnet+minilm
-    effnet+minilm finite-step finite-step-knn exact d-trak-selected ekfac pixel effnet)
+    effnet+minilm finite-step finite-step-knn exact d-trak-selected ekfac pixel effnet
+    trak-selected journey-trak-selected abu)
 levels=(43)
 # other K, for one teacher and the ranker that comes nearest to it
 few=(finite-step@0.01 tuned-das-effnet+minilm) other_levels=(5 11 126)
