@@ -3,14 +3,15 @@
     python -m benchmark.methods minilm --influence finite-step               # and the same with --split val
     python -m benchmark.calibration data/emoji-mini/scores/minilm-influence.npy
 
-The effect of removing images on a query is the rise of its loss over the mean of the models trained on everything. A
-method predicts it by the sum of its scores over these images, in a unit of its own: one factor for all queries, fitted
-by least squares on the validation queries (scores/val/<name>.npy) and the removals of whole creators. Judged on the
-test queries: every creator (`benchmark.retrain creators`, mean over seeds), every stored removal of K images
-(`benchmark.removal run`; each model judged by all queries, most of which it does not concern), and random halves.
-Reported are the slope of observed on predicted effects (1 where influence adds up), R^2 and Pearson's correlation; for
-creators also the error of shares, the positive part of each effect over the sum of all, beside those of rules that know
-less. Writes results/calibration/calibration.json.
+The effect of removing images on a query is the rise of its loss over the model that was trained on everything with the
+same seed; of halves, whose seeds are others, over the mean of several. A method predicts it by the sum of its scores
+over these images, in a unit of its own: one factor for all queries, fitted by least squares on the validation queries
+(scores/val/<name>.npy) and the removals of whole creators. Judged on the test queries: every creator
+(`benchmark.retrain creators`, mean over seeds), every stored removal of K images (`benchmark.removal run`; each model
+judged by all queries, most of which it does not concern), and random halves. Reported are the slope of observed on
+predicted effects (1 where influence adds up), R^2 and Pearson's correlation; for creators also the error of shares, the
+positive part of each effect over the sum of all, beside those of rules that know less. Writes
+results/calibration/calibration.json.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from abu.testbed import testbed_from
 from benchmark.creators import PROMPT, by_creator, load_effects, named_by_prompt
 from benchmark.lds import seen_by
 from benchmark.losses import Losses, open_losses
-from benchmark.retrain import add_judge_flags, random_halves, references, without_creators
+from benchmark.reports import foundation
+from benchmark.retrain import add_judge_flags, loss_changes, random_halves, without_creators
 from benchmark.retrainer import Retraining
 from benchmark.scores import by_method
 from fastgda.core import ROOT, command_line, command_parser, environment, save_json
@@ -77,7 +79,7 @@ class Judge:
     def __init__(self, stored: Losses, models: int, count: int) -> None:
         self.stored, self.sets = stored, stored.sets("training")
         self.effects = {split: load_effects(stored, split, models, count) for split in ("val", "test")}
-        self.reference = stored.of(references(count), "test").mean(0)
+        self.count = count
         halves = random_halves(stored.images, 64)
         planned = [*without_creators(self.sets, models), *halves]
         self.groups = {
@@ -102,7 +104,7 @@ class Judge:
         for name, jobs in self.groups.items():
             if jobs:
                 removed = ~seen_by([np.asarray(job.removed) for job in jobs], self.stored.images)
-                observed = self.stored.of(jobs, "test") - self.reference
+                observed = loss_changes(self.stored, jobs, self.count, "test")
                 found[name] = slope_and_fit(removed @ influence.T, observed) | {"models": len(jobs)}
         return found
 
@@ -141,8 +143,9 @@ def main(argv: list[str] | None = None) -> None:
             print(f"  error of a share {row['absolute_error']:.4f}" if "absolute_error" in row else "")
     baselines = judge.baselines()
     print(*(f"{name:43s} error of a share {row['absolute_error']:.4f}" for name, row in baselines.items()), sep="\n")
-    report = {"mode": testbed.name, "rows": rows, "baselines": baselines, "environment": environment()}
-    save_json(args.output, report)
+    rests_on = {"mode": testbed.name, "models": args.models, "references": args.references}
+    rests_on |= foundation(stored, "test")
+    save_json(args.output, rests_on | {"rows": rows, "baselines": baselines, "environment": environment()})
 
 
 if __name__ == "__main__":

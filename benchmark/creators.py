@@ -6,8 +6,8 @@
     python -m benchmark.creators data/emoji-mini/scores/mine.npy --add    # keeps what the report has of others
 
 The true effect of a creator on a query is the rise of the query's loss when the model is trained from scratch without
-the creator's images, over the mean of the reference models, averaged over seeds. A method predicts it by the sum of its
-scores over these images. Reported for each method: Spearman over creators, mean over queries; how often the creator
+the creator's images, over the reference model of the same seed, averaged over seeds. A method predicts it by the sum of
+its scores over these images. Reported for each method: Spearman over creators, mean over queries; how often the creator
 with the largest predicted effect is the one with the largest true effect. The ceiling is the Spearman that the truth
 would reach, whose mean over a few seeds is noisy; beside it what one seed says of the others. Removing a creator also
 removes its prompt's style from the captions: a query in that style loses most, so the creator that the prompt names is
@@ -28,7 +28,7 @@ from abu.testbed import testbed_from
 from benchmark.lds import correlate, judged_path
 from benchmark.losses import Losses, open_losses
 from benchmark.reports import add_add_flag, foundation, load_report, with_rows
-from benchmark.retrain import add_judge_flags, references, without_creators
+from benchmark.retrain import add_judge_flags, loss_changes, without_creators
 from benchmark.scores import by_method
 from fastgda.core import command_line, command_parser, environment, save_json
 from fastgda.metrics import bootstrap_interval
@@ -54,10 +54,8 @@ class Effects:
 def load_effects(stored: Losses, split: str, models: int, count: int) -> Effects:
     """From stored retrainings: `models` seeds of each removal, `count` reference models."""
     sets = stored.sets("training")
-    reference = stored.of(references(count), split).mean(0)
-    losses = stored.of(without_creators(sets, models), split)
-    names = tuple(dict.fromkeys(sets))
-    return Effects(names, losses.reshape(len(names), models, -1).swapaxes(0, 1) - reference)
+    names, change = tuple(dict.fromkeys(sets)), loss_changes(stored, without_creators(sets, models), count, split)
+    return Effects(names, change.reshape(len(names), models, -1).swapaxes(0, 1))
 
 
 def by_creator(scores: np.ndarray, sets: list[str], names: tuple[str, ...]) -> np.ndarray:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from abu.cluster import add_cluster_flags, cluster_from, run_plan
 from abu.plan import Collection
 from abu.testbed import Testbed, add_testbed_flags
-from benchmark.losses import collection_of, export_losses, folder_of, restore_losses
+from benchmark.losses import Losses, collection_of, export_losses, folder_of, restore_losses
 from benchmark.retrainable import JUDGED_MODE, Retrainable, add_retrainable_flags, retrainable_from
 from benchmark.retrainer import SECONDS, SOURCE, WEIGHT, RetrainConfig, Retrainer, Retraining, forget_training
 from benchmark.together import run_together
@@ -68,6 +68,17 @@ def references(models: int) -> list[Retraining]:
     if models < 0:
         raise ValueError(f"models trained on everything: expected at least 0, found {models}")
     return [Retraining((), seed) for seed in range(models)] or [SOURCE]
+
+
+def loss_changes(stored: Losses, jobs: Sequence[Retraining], count: int, split: str) -> np.ndarray:
+    """Rise of the loss [models, Q] under each model over the one trained on everything with the same seed.
+
+    Models of one seed share initial weights, order and noise, which make more of a difference than a few images. For
+    seeds beyond the first `count` it is the rise over the mean of these; for none of them over the source model.
+    """
+    everything = stored.of(references(count), split)
+    mean = everything.mean(0)
+    return stored.of(jobs, split) - np.stack([everything[job.seed] if job.seed < count else mean for job in jobs])
 
 
 def without_creators(sets: list[str], models: int) -> list[Retraining]:

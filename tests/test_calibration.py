@@ -71,6 +71,26 @@ def test_true_influence_adds_up_in_every_group() -> None:
     assert rows["creators"]["absolute_error"] == pytest.approx(0)
 
 
+class Seeded(Planted):
+    """Each seed has an offset of its own, far above what removals do."""
+
+    def of(self, jobs: Sequence[Retraining], split: str) -> np.ndarray:
+        queries = len(self.influence[split])
+        offsets = np.random.default_rng(3).normal(scale=20, size=(REFERENCES, queries))
+        mean = offsets.mean(0)
+        return super().of(jobs, split) + [offsets[job.seed] if job.seed < REFERENCES else mean for job in jobs]
+
+
+def test_a_model_is_compared_with_the_one_of_its_seed() -> None:
+    stored, plain = Seeded(), Planted()
+    judge, expected = Judge(stored, MODELS, REFERENCES), Judge(plain, MODELS, REFERENCES)
+    assert judge.unit(stored.influence["val"]) == pytest.approx(plain.unit)
+    influence = plain.unit * plain.influence["test"]
+    for name, row in expected.rows(influence).items():
+        found = judge.rows(influence)[name]
+        assert found["slope"] == pytest.approx(row["slope"]) and found["r_squared"] == pytest.approx(row["r_squared"])
+
+
 def test_scores_of_noise_predict_nothing_and_their_sign_counts() -> None:
     stored = Planted()
     judge = Judge(stored, MODELS, REFERENCES)
