@@ -4,7 +4,7 @@ python demo.py &
 python -m benchmark.screenshot_demo --url http://127.0.0.1:7860 --show "query=0" --out results/demo.png
 python -m benchmark.screenshot_demo --show "prompt=red heart, noto style&seed=7" --width 390 --height 844 --dark \\
     --out results/demo_phone.png
-python -m benchmark.screenshot_demo --show "query=3" --at "#judged" --height 860 --out results/demo_retrained.png
+python -m benchmark.screenshot_demo --show "query=3" --at "#judged" --height 900 --out results/demo_retrained.png
 """
 
 from __future__ import annotations
