@@ -79,7 +79,6 @@ class Judge:
     def __init__(self, stored: Losses, models: int, count: int) -> None:
         self.stored, self.sets = stored, stored.sets("training")
         self.effects = {split: load_effects(stored, split, models, count) for split in ("val", "test")}
-        self.count = count
         halves = random_halves(stored.images, 64)
         planned = [*without_creators(self.sets, models), *halves]
         self.groups = {
@@ -87,6 +86,7 @@ class Judge:
         }
         lacking = set(stored.missing(halves))
         self.groups["halves"] = [job for job in halves if job not in lacking]
+        self.observed = {name: loss_changes(stored, jobs, count, "test") for name, jobs in self.groups.items() if jobs}
 
     def unit(self, scores: np.ndarray) -> float:
         """Loss of one unit of scores [Q, N] of the validation queries."""
@@ -101,11 +101,9 @@ class Judge:
         found: dict[str, dict[str, Any]] = {"creators": slope_and_fit(predicted, effects.mean)}
         found["creators"] |= {"models": effects.change[..., 0].size}
         found["creators"] |= error_of_shares(shares(predicted), shares(effects.mean), self.stored.concepts("test"))
-        for name, jobs in self.groups.items():
-            if jobs:
-                removed = ~seen_by([np.asarray(job.removed) for job in jobs], self.stored.images)
-                observed = loss_changes(self.stored, jobs, self.count, "test")
-                found[name] = slope_and_fit(removed @ influence.T, observed) | {"models": len(jobs)}
+        for name, observed in self.observed.items():
+            removed = ~seen_by([np.asarray(job.removed) for job in self.groups[name]], self.stored.images)
+            found[name] = slope_and_fit(removed @ influence.T, observed) | {"models": len(observed)}
         return found
 
     def baselines(self) -> dict[str, dict[str, Any]]:
